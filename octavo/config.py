@@ -155,7 +155,7 @@ class EngineConfig:
     num_gpu_blocks_override: int | None = option(None, "blocks of KV cache, in place of as many as fit", group=MEMORY)
     block_size: int | None = option(None, "tokens in a block of KV cache (default: 64, on a CPU 16)", group=MEMORY)
     max_num_seqs: int = option(256, "most requests in one step", group=MEMORY)
-    max_num_batched_tokens: int | None = option(None, "most tokens in one step (default: 8192, on a CPU 2048)", group=MEMORY)
+    max_num_batched_tokens: int | None = option(None, "most tokens in one step (default: 8192, on a CPU 512)", group=MEMORY)
     enable_prefix_caching: bool = option(True, "share the KV blocks of equal prompt prefixes", group=MEMORY)
     tensor_parallel_size: int = option(1, "accelerators that one layer is split over", group=MEMORY, short="-tp")
     pipeline_parallel_size: int = option(1, "stages that the layers are split over", group=MEMORY, short="-pp")
@@ -209,7 +209,7 @@ class EngineConfig:
 
     def step_tokens_on(self, cpu: bool) -> int:
         """Most tokens in one step (max_num_batched_tokens)."""
-        return self.max_num_batched_tokens or (2048 if cpu else 8192)
+        return self.max_num_batched_tokens or (512 if cpu else 8192)
 
     @property
     def text_directory(self) -> str:

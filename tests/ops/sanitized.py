@@ -41,6 +41,7 @@ def cases() -> list[Callable[[], None]]:
         *(partial(native.test_dense, shape=shape) for shape in ((2, 17, 33), (20, 26, 257))),
         partial(native.test_subnormal_codes_count, m=3),
         *(partial(native.test_blocks_of_many_tokens, shape=shape) for shape in ((35, 290, 1100), (20, 33, 70))),
+        native.test_a_weight_packed_for_tiles_is_not_read_without_them,
         partial(native.test_rows_are_the_stored_weights, shape=(130, 130)),
         partial(native.test_activations_have_the_reference_codes, m=3),
         partial(native.test_zero_rows_strides_and_e5m2, m=5),

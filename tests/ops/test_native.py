@@ -81,7 +81,8 @@ def test_linear(shape: tuple[int, int, int], scheme: Scheme, fmt: Format) -> Non
 def check_linear(q: QTensor, x: torch.Tensor, expected: torch.Tensor | None) -> None:
     assert native.Native().supports(q, CPU) is None
     packed = native.Native().pack(q, CPU)
-    assert packed.held_bytes == q.nbytes
+    tiles = [-(-size // native.TILE) * native.TILE for size in q.data.shape] if packed.struct.tiled else q.data.shape
+    assert packed.held_bytes == q.nbytes + (tiles[0] * tiles[1] - q.data.numel()) * q.data.itemsize
     y = packed(x)
     assert (y.dtype, y.shape) == (x.dtype, (len(x), q.shape[0]))
     assert expected is None or relative_error(y, expected) < bound(x.dtype)
@@ -147,6 +148,19 @@ def test_blocks_of_many_tokens(shape: tuple[int, int, int], scheme: Scheme, fmt:
         assert relative_error(found, torch.from_numpy(float64.linear(array(x), array(w), scheme.name, fmt))) < bound(
             found.dtype
         )
+
+
+@over("m", [1, 20])
+def test_a_weight_packed_for_tiles_is_not_read_without_them(m: int) -> None:
+    if library.use("amx") is None:
+        pytest.skip("needs a CPU with amx")
+    packed = native.Native().pack(quantize(torch.randn(70, 130), FP8_PER_CHANNEL), CPU)
+    try:
+        library.use("portable")
+        with pytest.raises(RuntimeError, match="packed for matrix tiles"):
+            packed(torch.randn(m, 130))
+    finally:
+        library.use(None)
 
 
 @on_each_instruction_set

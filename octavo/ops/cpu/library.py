@@ -29,7 +29,7 @@ P, I64, I32, F = c_void_p, c_int64, c_int32, c_float
 class Linear(Structure):
     _fields_ = [
         ("weight", P), ("scale", P), ("group_scale", P), ("n", I64), ("k", I64), ("stride", I64), ("scale_rows", I64),
-        ("scale_columns", I64), ("group", I64), ("kind", I32), ("activation", I32), ("group_kind", I32),
+        ("scale_columns", I64), ("group", I64), ("kind", I32), ("activation", I32), ("group_kind", I32), ("tiled", I32),
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from ctypes import byref
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, get_num_threads
 
 from octavo.batch import ForwardBatch
@@ -58,6 +59,7 @@ __all__ = [
 _QUANTIZED = {None: 0, Granularity.ROW: 1, Granularity.BLOCK: 2}
 GROUP_SCALES = (torch.bfloat16, torch.float32)
 _MAX_DIM = 256  # of a head: csrc/attention.h
+TILE = 64  # rows and codes of a block of a tiled weight: csrc/types.h
 MAX_SHARED = 1024  # of a latent with its rope part, or of an indexer's key: csrc/latent.h
 
 
@@ -139,16 +141,38 @@ def struct_of(q: QTensor, scale: Tensor | None, tokens: int) -> Linear:
     )
 
 
+def is_tiled(q: QTensor) -> bool:
+    """Whether a weight's codes are held in the order in which matrix tiles read them.
+
+    Those of W8A8 are, whose activations are exact in BF16 whatever dtype they come in; not where those of few tokens stay as
+    they are.
+    """
+    rows = q.scheme.activation is Granularity.ROW and q.scheme.weight is not Granularity.BLOCK
+    return used() == "amx" and rows and not q.scheme.exact_few
+
+
+def tiled(codes: Tensor) -> Tensor:
+    """FP8 codes [N, K] as uint8 [N / 64, K / 64, 64, 64], zeros behind N and K: csrc/types.h."""
+    n, k = codes.shape
+    padded = F.pad(codes.view(torch.uint8), (0, -k % TILE, 0, -n % TILE))
+    blocks: Tensor = padded.view(-(-n // TILE), TILE, -(-k // TILE), TILE).transpose(1, 2)
+    return blocks.contiguous()
+
+
 class PackedNative(PackedWeight):
-    """A weight [N, K] as stored, and its scales. few: its struct for up to FEW_TOKENS tokens."""
+    """A weight [N, K] as stored or `tiled`, and its scales. few: its struct for up to FEW_TOKENS tokens."""
 
     def __init__(self, q: QTensor):
-        (self.n, self.k), self.data = q.shape, q.data
-        self.held_bytes = q.nbytes
+        self.n, self.k = q.shape
         self.scale = held_scale(q)
         self.struct = self.few = struct_of(q, self.scale, FEW_TOKENS + 1)
         if q.scheme.exact_few:
             self.few = struct_of(q, self.scale, FEW_TOKENS)
+        self.data, self.held_bytes = q.data, q.nbytes
+        if is_tiled(q):
+            self.data = tiled(q.data)
+            self.held_bytes += self.data.nbytes - q.data.nbytes
+            self.struct.weight, self.struct.tiled = self.data.data_ptr(), 1
         self.address, self.address_of_few = ctypes.addressof(self.struct), ctypes.addressof(self.few)
         self.multiply = kernels().octavo_linear
 
@@ -160,6 +184,10 @@ class PackedNative(PackedWeight):
         y, address = x.new_empty(m, self.n), self.address_of_few if m <= FEW_TOKENS else self.address
         launch(self.multiply, address, x.data_ptr(), m, x.stride(0), y.data_ptr(), KINDS[x.dtype], get_num_threads())
         return y
+
+    def keep(self, q: QTensor) -> None:
+        if not self.struct.tiled:  # else `rows` reads the codes in their order here, and nobody needs the others
+            super().keep(q)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         if self.struct.kind == PACKED_INT4:

@@ -29,11 +29,15 @@ Call = tuple[Callable[..., object], tuple[Any, ...]]
 CHUNK = 1 << 26  # bytes of an arena's chunk; pages that are never written take no memory
 ALIGNMENT = 64
 
+TILED_FOR_ANOTHER = -2  # status of octavo_linear: csrc/products.h
+
 _state = threading.local()
 
 
 def launch(function: Callable[..., int | None], *arguments: object) -> None:
-    """Call a C kernel, and record the call if this thread is recording. Raises MemoryError if the kernel reports a failure."""
+    """Call a C kernel, and record the call if this thread is recording. Raises MemoryError if it could not allocate its
+    workspace, RuntimeError if the instruction set was changed and cannot read the weight's layout.
+    """
     _make(((function, arguments),))
     if (recorder := getattr(_state, "recorder", None)) is not None:
         recorder.calls.append((function, arguments))
@@ -44,7 +48,9 @@ def _make(calls: Iterable[Call]) -> None:
     if _profiler_enabled():
         calls = [(_named, call) for call in calls]
     for function, arguments in calls:
-        if function(*arguments):
+        if status := function(*arguments):
+            if status == TILED_FOR_ANOTHER:
+                raise RuntimeError("the weight was packed for matrix tiles, which the selected instruction set does not use")
             raise MemoryError("a kernel could not allocate its workspace")
 
 

@@ -12,11 +12,12 @@ from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.errors import OctavoError
 from octavo.messages import EngineRequest, EngineStats, SamplingParams
+from octavo.platform import detect
 from octavo.tools.bench.workloads import Workload, prompts
 
 __all__ = ["Batch", "Measured", "engine_options", "measure", "warm_up"]
 
-STEP_TOKENS = 2048  # smallest default of max_num_batched_tokens; bounds how far first requests of "decode" workloads run ahead
+STEP_TOKENS = 2048  # of a step, at most, for which first requests of "decode" workloads have room to run ahead
 WARM_UP_LEN = 32
 
 
@@ -45,7 +46,8 @@ class Measured:
 def engine_options(config: EngineConfig, workloads: Sequence[Workload], given: dict[str, Any]) -> EngineConfig:
     """`config` with room for all workloads where the user set no limits. Prefix caching is off unless asked for."""
     # One more than the longest, because prompts must be shorter than max_model_len.
-    room = max(w.room(min(STEP_TOKENS, config.max_num_batched_tokens or STEP_TOKENS)) for w in workloads) + 1
+    step = min(STEP_TOKENS, config.step_tokens_on(detect(config.device).is_cpu))
+    room = max(w.room(step) for w in workloads) + 1
     wanted: dict[str, Any] = {
         "max_model_len": room,
         "max_num_seqs": min(256, max(w.num_requests for w in workloads)),

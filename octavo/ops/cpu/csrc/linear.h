@@ -315,7 +315,16 @@ static void NAME(look_up)(void *argument, int64_t token) {
     float values[GROUP];
     for (int64_t at = 0; at < w->k; at += GROUP) {
         const int64_t count = least(GROUP, w->k - at);
-        NAME(widen_row)(values, (const char *)w->weight + (row * w->stride + at) * size_of(w->kind), w->kind, count);
+        if (w->tiled) {
+            const int64_t chunks = (w->k + TILED_CODES - 1) / TILED_CODES, line = row % GROUP_ROWS * TILED_CODES;
+            for (int64_t i = 0; i < count; i += TILED_CODES) {
+                const int64_t block = row / GROUP_ROWS * chunks + (at + i) / TILED_CODES;
+                const char *from = (const char *)w->weight + block * GROUP_ROWS * TILED_CODES + line;
+                NAME(widen_row)(values + i, from, w->kind, least(TILED_CODES, count - i));
+            }
+        } else {
+            NAME(widen_row)(values, (const char *)w->weight + (row * w->stride + at) * size_of(w->kind), w->kind, count);
+        }
         for (int64_t i = 0; i < count; i += VL) NAME(store)(values + i, NAME(load)(values + i) * NAME(scale_at)(w, row, at));
         NAME(narrow_row)(job->y, job->kind, token * w->k + at, values, count);
     }
@@ -393,6 +402,13 @@ static void NAME(multiply)(void *argument, int64_t task) {
         NAME(panels)(job, from, to, begin, end);
         return;
     }
+#if TILES
+    if (job->w->tiled) {
+        const int64_t groups = (n + GROUP_ROWS - 1) / GROUP_ROWS, from = groups * task / job->row_tasks;
+        (job->w->kind == E5M2 ? NAME(groups_E5M2) : NAME(groups_E4M3))(job, from, groups * (task + 1) / job->row_tasks);
+        return;
+    }
+#endif
     NAME(dots)[job->w->kind][job->m - 1](job, n * task / job->row_tasks, n * (task + 1) / job->row_tasks);
 }
 

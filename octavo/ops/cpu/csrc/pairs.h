@@ -73,7 +73,15 @@ INLINE void NAME(widen_unit)(const char *p, int kind, vp out[2]) {
     vp codes;
     memcpy(&codes, p, sizeof codes);
     const int by = kind == E5M2 ? 3 : 4;
-    vs even = (vs)(codes << 8) >> by, odd = (vs)codes >> by; /* the sign stays in bit 15 */
+#if ISA == 4 /* a shuffle: the other steps are shifts and dot products, which Intel's CPUs compute on one port */
+#define UP(i) -1, i, -1, i + 2, -1, i + 4, -1, i + 6, -1, i + 8, -1, i + 10, -1, i + 12, -1, i + 14
+    static const int8_t up[64] __attribute__((aligned(64))) = {UP(0), UP(0), UP(0), UP(0)}; /* within 16 bytes each */
+#undef UP
+    const vs upper = (vs)_mm512_shuffle_epi8((__m512i)codes, _mm512_load_si512(up));
+#else
+    const vs upper = (vs)(codes << 8);
+#endif
+    const vs even = upper >> by, odd = (vs)codes >> by; /* the sign stays in bit 15 */
     if (kind == E5M2) {
         out[0] = ((vp)even & 0x8FE0) + (112 << 7), out[1] = ((vp)odd & 0x8FE0) + (112 << 7);
     } else { /* no bit of the exponent overlaps the bias */

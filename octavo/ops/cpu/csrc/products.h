@@ -26,11 +26,11 @@ static LinearJob job_in(int way, const Linear *w, const void *x, int64_t m, int6
     job.parts = least((w->k + GROUP - 1) / GROUP, (threads + panels - 1) / panels);
     if (is_panel) {
         job.task_rows = tiles ? (panels > 1 ? BLOCK_OF_TILES : TASK_OF_TILES) : !pairs ? TASK_ROWS : panels > 1 ? TASK_OF_PAIRS : LANES;
-        while (tiles && job.task_rows > 2 * LANES && (w->n + job.task_rows - 1) / job.task_rows < 3 * threads) job.task_rows /= 2;
+        while (tiles && job.task_rows > (w->tiled ? GROUP_ROWS : 2 * LANES) && (w->n + job.task_rows - 1) / job.task_rows < 3 * threads) job.task_rows /= 2;
         job.row_tasks = (w->n + job.task_rows - 1) / job.task_rows;
         while (job.row_tasks * job.token_tasks < 2 * threads && job.token_tasks * 2 <= panels) job.token_tasks *= 2;
     } else {
-        job.row_tasks = least((w->n + 15) / 16, 8 * threads);
+        job.row_tasks = least((w->n + (w->tiled ? GROUP_ROWS : LANES) - 1) / (w->tiled ? GROUP_ROWS : LANES), 8 * threads);
     }
     return job;
 }
@@ -39,7 +39,8 @@ static LinearJob job_in(int way, const Linear *w, const void *x, int64_t m, int6
 static LinearJob job_of(const Linear *w, const void *x, int64_t m, int64_t x_stride, void *y, int32_t kind, int32_t y_kind,
                         int64_t threads) {
     const int exact = w->activation == PER_TOKEN || (w->activation == NOT_QUANTIZED && kind == BF16); /* x is exact in BF16 */
-    const int way = exact && w->kind != F32 && !w->scale_columns ? way_of(w->kind, m) : IN_FP32;
+    const int by_kind = exact && w->kind != F32 && !w->scale_columns ? way_of(w->kind, m) : IN_FP32;
+    const int way = !w->tiled ? by_kind : m > 1 ? IN_TILES : IN_PAIRS;
     return job_in(way, w, x, m, x_stride, y, kind, y_kind, threads);
 }
 
@@ -54,9 +55,12 @@ static void place(LinearJob *job, float *memory) { job->scale = memory, job->pan
 static int64_t tasks_to_prepare(const LinearJob *job) { return job->is_panel ? (job->m + LANES - 1) / LANES * job->parts : 1; }
 static int64_t tasks_to_multiply(const LinearJob *job) { return job->row_tasks * job->token_tasks; }
 
+#define TILED_FOR_ANOTHER -2 /* status: the weight's layout is another instruction set's */
+
 /* octavo_linear for a caller that holds pool.call; y has type y_kind. */
 static int32_t multiply(const Linear *w, const void *x, int64_t m, int64_t x_stride, void *y, int32_t kind, int32_t y_kind,
                         int32_t threads) {
+    if (w->tiled && !uses_tiles) return TILED_FOR_ANOTHER;
     for (int64_t done = 0; done < m; done += CHUNK_TOKENS) {
         LinearJob job = job_of(w, (const char *)x + done * x_stride * size_of(kind), least(CHUNK_TOKENS, m - done), x_stride,
                                (char *)y + done * w->n * size_of(y_kind), kind, y_kind, threads);
@@ -70,7 +74,7 @@ static int32_t multiply(const Linear *w, const void *x, int64_t m, int64_t x_str
 }
 
 /* y [m, n] = x [m, k] times the transposed weight, x and y of `kind`; rows of x are x_stride values apart. Returns 0, or -1
-   without memory. */
+   without memory, TILED_FOR_ANOTHER without matrix tiles for a tiled weight. */
 int32_t octavo_linear(const Linear *w, const void *x, int64_t m, int64_t x_stride, void *y, int32_t kind, int32_t threads) {
     pthread_mutex_lock(&pool.call);
     int32_t status = multiply(w, x, m, x_stride, y, kind, kind, threads);

@@ -1,16 +1,43 @@
 /* Products by matrix tiles: included by linear.h where pairs.h is, for instruction sets with TILES.
 
    The first operand of a tile product is 16 rows of a weight by 32 values: BF16 as stored, FP8 widened in the cache. The
-   second is 16 pairs of positions by 16 tokens, which is the layout that a panel of pairs has already. So nothing is packed
-   for tiles, and a sum is [rows][LANES] as finish_panel() reads it. Products are computed 32 rows by up to 32 tokens at a
-   time: four sums, two operands of each kind. */
+   second is 16 pairs of positions by 16 tokens, which is the layout that a panel of pairs has already. A sum is [rows][LANES]
+   as finish_panel() reads it.
+
+   A tiled weight (types.h) has the codes that are widened together, and those of the next steps, in order, so that few tokens
+   are one sequential read. Rows as they are stored are far apart: the lines of one column of 64 rows whose length is a
+   multiple of 4096 bytes share a set of the L1 cache, and the hardware prefetches no such pattern. */
 #define TILED_ROWS 32            /* rows of two tiles */
 #define FEW_TILED TASK_OF_TILES  /* rows of a task with one panel: four sums share what is loaded of it */
 #define BLOCK_ROWS BLOCK_OF_TILES
-#define BLOCK_DEPTH 512 /* values of a task with more panels that are widened at a time: 32 tokens' stay in L1 meanwhile, all rows' in L2 */
+#define BLOCK_DEPTH 256 /* values of a task with more panels that are widened at a time: 32 tokens' stay in L1 meanwhile, all rows' in L2 */
+#define TILE_AHEAD 16384 /* bytes to prefetch ahead of a tiled weight, to L2 */
 
-/* Widen values k to k + CHUNK of LANES rows: to [CHUNK / TILE_VALUES][LANES][TILE_VALUES], zeros past a row's end. `next`:
-   byte offset of the row to prefetch. */
+/* Where rows of a weight are: of a tiled one the first row's codes in its group, else each row's. */
+typedef struct {
+    const char *at[BLOCK_ROWS];
+    int64_t next, chunks; /* next: byte offset to prefetch; chunks: of a group of a tiled weight, 0 for others */
+} NAME(Place);
+
+INLINE void NAME(find_rows)(const Linear *w, int64_t from, int64_t rows, int64_t ahead, NAME(Place) *place) {
+    const int64_t size = size_of(w->kind);
+    place->chunks = w->tiled ? (w->k + TILED_CODES - 1) / TILED_CODES : 0;
+    place->next = w->tiled ? TILE_AHEAD : ahead * w->stride * size;
+    for (int64_t i = 0; i < rows; i += w->tiled ? LANES : 1) {
+        const int64_t row = from + i, block = row / GROUP_ROWS * place->chunks;
+        const int64_t at = w->tiled ? (block * GROUP_ROWS + row % GROUP_ROWS) * TILED_CODES : least(row, w->n - 1) * w->stride * size;
+        place->at[i] = (const char *)w->weight + at;
+    }
+}
+
+/* Store a unit of widened values, the first of them at `position` of a CHUNK, in tiles [CHUNK / TILE_VALUES][LANES]
+   [TILE_VALUES]; `to`: of the row. */
+INLINE void NAME(put_unit)(const vp v[2], int position, uint16_t *to) {
+    for (int half = 0; half < 2; half++, position += UNIT / 2)
+        memcpy(to + position / TILE_VALUES * LANES * TILE_VALUES + position % TILE_VALUES, v + half, sizeof *v);
+}
+
+/* Widen values k to k + CHUNK of LANES rows, zeros past a row's end. `next`: byte offset of the row to prefetch. */
 INLINE void NAME(widen_tile)(const Linear *w, const char *const *at, int64_t next, int64_t k, int kind, uint16_t *to) {
     const int64_t size = size_of(kind), there = w->k - k;
     for (int i = 0; i < LANES; i++, to += TILE_VALUES) {
@@ -21,12 +48,32 @@ INLINE void NAME(widen_tile)(const Linear *w, const char *const *at, int64_t nex
         for (int j = 0; j < CHUNK; j += UNIT) {
             vp v[2];
             NAME(widen_unit)(from + j * size, kind, v);
-            for (int half = 0; half < 2; half++) {
-                const int position = j + half * UNIT / 2;
-                memcpy(to + position / TILE_VALUES * LANES * TILE_VALUES + position % TILE_VALUES, v + half, sizeof *v);
-            }
+            NAME(put_unit)(v, j, to);
         }
     }
+}
+
+/* Where a tiled weight has row i of the place from k on. */
+INLINE const char *NAME(codes_at)(const NAME(Place) *place, int64_t i, int64_t k) {
+    return place->at[i] + k / CHUNK * GROUP_ROWS * TILED_CODES;
+}
+
+/* widen_tile() of a tiled weight; a function of its own, since inlined wherever it is called it takes long to compile. */
+INLINE void NAME(widen_lines)(const char *from, int kind, uint16_t *to) {
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; i++, from += TILED_CODES, to += TILE_VALUES) {
+        __builtin_prefetch(from + TILE_AHEAD, 0, 2);
+        for (int j = 0; j < CHUNK; j += UNIT) {
+            vp v[2];
+            NAME(widen_unit)(from + j, kind, v);
+            NAME(put_unit)(v, j, to);
+        }
+    }
+}
+
+static __attribute__((noinline)) void NAME(widen_group)(const char *from, int kind, uint16_t *to) {
+    if (kind == E5M2) NAME(widen_lines)(from, E5M2, to);
+    else NAME(widen_lines)(from, E4M3, to);
 }
 
 /* A step along k of a product of two tiles of rows by one or two panels. */
@@ -57,12 +104,13 @@ INLINE void NAME(widen_tile)(const Linear *w, const char *const *at, int64_t nex
    tile is not loaded before the stores to it have reached the cache. */
 INLINE void NAME(one_panel_of_tiles)(const LinearJob *job, int64_t from, int64_t to, int64_t panel, int kind) {
     const Linear *w = job->w;
-    const int64_t row = w->stride * size_of(kind), next = (to - from) * row, whole = w->k / CHUNK * CHUNK;
+    const int64_t row = w->stride * size_of(kind), whole = w->k / CHUNK * CHUNK;
     const int tiles = (int)((to - from + LANES - 1) / LANES);
-    const char *at[FEW_TILED], *x = (const char *)NAME(panel_at)(job, panel, 0);
+    const char *x = (const char *)NAME(panel_at)(job, panel, 0);
+    NAME(Place) place;
     uint16_t wide_of[2][FEW_TILED * CHUNK] __attribute__((aligned(64)));
     float sums[FEW_TILED * LANES] __attribute__((aligned(64)));
-    for (int i = 0; i < FEW_TILED; i++) at[i] = (const char *)w->weight + least(from + i, w->n - 1) * row;
+    NAME(find_rows)(w, from, FEW_TILED, to - from, &place);
     TILE_ZERO(0);
     TILE_ZERO(1);
     TILE_ZERO(2);
@@ -71,18 +119,18 @@ INLINE void NAME(one_panel_of_tiles)(const LinearJob *job, int64_t from, int64_t
     if (kind == BF16 && to - from == FEW_TILED) {
         for (; k < whole; k += CHUNK, x += 2 * TILE_BYTES) { /* BF16 is loaded as it is stored */
             for (int i = 0; i < FEW_TILED; i++) {
-                __builtin_prefetch(at[i] + k * 2 + next, 0, 2);
-                __builtin_prefetch(at[i] + k * 2 + next + 64, 0, 2);
+                __builtin_prefetch(place.at[i] + k * 2 + place.next, 0, 2);
+                __builtin_prefetch(place.at[i] + k * 2 + place.next + 64, 0, 2);
             }
             TILE_LOAD(6, x, 64);
             TILE_LOAD(7, x + TILE_BYTES, 64);
-            TILE_OF_CHUNK(0, at[0] + k * 2, at[0] + k * 2 + 64, row);
-            TILE_OF_CHUNK(1, at[LANES] + k * 2, at[LANES] + k * 2 + 64, row);
-            TILE_OF_CHUNK(2, at[2 * LANES] + k * 2, at[2 * LANES] + k * 2 + 64, row);
-            TILE_OF_CHUNK(3, at[3 * LANES] + k * 2, at[3 * LANES] + k * 2 + 64, row);
+            TILE_OF_CHUNK(0, place.at[0] + k * 2, place.at[0] + k * 2 + 64, row);
+            TILE_OF_CHUNK(1, place.at[LANES] + k * 2, place.at[LANES] + k * 2 + 64, row);
+            TILE_OF_CHUNK(2, place.at[2 * LANES] + k * 2, place.at[2 * LANES] + k * 2 + 64, row);
+            TILE_OF_CHUNK(3, place.at[3 * LANES] + k * 2, place.at[3 * LANES] + k * 2 + 64, row);
         }
     }
-#define WIDEN_TILE(tile, k, to) NAME(widen_tile)(w, at + (tile) * LANES, next, k, kind, (to) + (tile) * LANES * CHUNK)
+#define WIDEN_TILE(tile, k, to) NAME(widen_tile)(w, place.at + (tile) * LANES, place.next, k, kind, (to) + (tile) * LANES * CHUNK)
 #define NEXT_TILE(tile)                                                                                        \
     if ((tile) < tiles) {                                                                                      \
         const uint16_t *a = wide + (tile) * LANES * CHUNK;                                                     \
@@ -115,25 +163,28 @@ INLINE void NAME(one_panel_of_tiles)(const LinearJob *job, int64_t from, int64_t
 /* Up to BLOCK_ROWS rows times several panels: BLOCK_DEPTH values of all rows are widened, then multiplied by all panels. */
 INLINE void NAME(panels_of_tiles)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, int64_t last_panel, int kind) {
     const Linear *w = job->w;
-    const int64_t row = w->stride * size_of(kind), next = job->task_rows * row, apart = job->k_padded * LANES * 2;
-    const char *at[BLOCK_ROWS];
+    const int64_t apart = job->k_padded * LANES * 2, rows = to - from, padded = (rows + TILED_ROWS - 1) / TILED_ROWS * TILED_ROWS;
+    NAME(Place) place;
     uint16_t wide[BLOCK_ROWS * BLOCK_DEPTH] __attribute__((aligned(64)));
     float sums[CHUNK_TOKENS / LANES * BLOCK_ROWS * LANES] __attribute__((aligned(64)));
-    for (int64_t i = 0; i < BLOCK_ROWS; i++) at[i] = (const char *)w->weight + least(from + i, w->n - 1) * row;
+    NAME(find_rows)(w, from, BLOCK_ROWS, job->task_rows, &place);
     for (int64_t k = 0; k < job->k_padded; k += BLOCK_DEPTH) {
         const int64_t depth = least(BLOCK_DEPTH, job->k_padded - k);
-        for (int64_t i = 0; i < to - from; i += TILED_ROWS) {
+        for (int64_t group = 0; group < padded; group += GROUP_ROWS) { /* in the order of a tiled weight */
             for (int64_t j = 0; j < depth; j += CHUNK) {
-                NAME(widen_tile)(w, at + i, next, k + j, kind, wide + i * BLOCK_DEPTH + j * TILED_ROWS);
-                NAME(widen_tile)(w, at + i + LANES, next, k + j, kind, wide + i * BLOCK_DEPTH + j * TILED_ROWS + LANES * CHUNK);
+                for (int64_t i = group; i < least(group + GROUP_ROWS, padded); i += LANES) {
+                    uint16_t *to_tile = wide + i / TILED_ROWS * TILED_ROWS * BLOCK_DEPTH + j * TILED_ROWS + i % TILED_ROWS * CHUNK;
+                    if (kind != BF16 && place.chunks) NAME(widen_group)(NAME(codes_at)(&place, i, k + j), kind, to_tile);
+                    else NAME(widen_tile)(w, place.at + i, place.next, k + j, kind, to_tile);
+                }
             }
         }
         TILE_FENCE();
         for (int64_t p = first_panel; p < last_panel; p += 2) {
             const int panels = p + 1 < last_panel ? 2 : 1;
             const char *panel = (const char *)NAME(panel_at)(job, p, k);
-            for (int64_t i = 0; i < to - from; i += TILED_ROWS) {
-                const char *x = panel, *soon = panel + (i ? 3 : 2) * apart; /* the next panels, which L2 may not hold */
+            for (int64_t i = 0; i < rows; i += TILED_ROWS) {
+                const char *x = panel;
                 const uint16_t *a = wide + i * BLOCK_DEPTH, *end = a + depth * TILED_ROWS;
                 float *sum = sums + ((p - first_panel) * BLOCK_ROWS + i) * LANES, *more = sum + BLOCK_ROWS * LANES;
                 if (k) {
@@ -150,8 +201,7 @@ INLINE void NAME(panels_of_tiles)(const LinearJob *job, int64_t from, int64_t to
                     TILE_ZERO(3);
                 }
 #define CHUNK_OF_STEPS(panels)                                                                                              \
-    for (; a < end; a += CHUNK * TILED_ROWS, x += 2 * TILE_BYTES, soon += 2 * TILE_BYTES) {                                 \
-        for (int line = 0; i < 2 * TILED_ROWS && line < 2 * TILE_BYTES; line += 64) __builtin_prefetch(soon + line, 0, 2);  \
+    for (; a < end; a += CHUNK * TILED_ROWS, x += 2 * TILE_BYTES) {                                                         \
         TILE_STEP(a, a + LANES * CHUNK, x, x + apart, panels);                                                              \
         TILE_STEP(a + LANES * TILE_VALUES, a + LANES * CHUNK + LANES * TILE_VALUES, x + TILE_BYTES, x + apart + TILE_BYTES, panels); \
     }
@@ -171,11 +221,50 @@ INLINE void NAME(panels_of_tiles)(const LinearJob *job, int64_t from, int64_t to
     for (int64_t p = first_panel; p < last_panel; p++) NAME(finish_panel)(job, p, from, to, sums + (p - first_panel) * BLOCK_ROWS * LANES);
 }
 
+/* one_panel_of_tiles() of FEW_TILED rows of a tiled weight, whose order lets the loop do without all that differs. */
+INLINE void NAME(one_panel_of_groups)(const LinearJob *job, int64_t from, int64_t to, int64_t panel, int kind) {
+    const Linear *w = job->w;
+    const int64_t chunks = job->k_padded / CHUNK, bytes = GROUP_ROWS * TILED_CODES, tile = LANES * TILED_CODES;
+    const char *x = (const char *)NAME(panel_at)(job, panel, 0), *at = (const char *)w->weight + from / GROUP_ROWS * chunks * bytes;
+    uint16_t wide_of[2][FEW_TILED * CHUNK] __attribute__((aligned(64)));
+    float sums[FEW_TILED * LANES] __attribute__((aligned(64)));
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+    for (int i = 0; i < FEW_TILED; i += LANES) NAME(widen_group)(at + i * TILED_CODES, kind, wide_of[0] + i * CHUNK);
+    for (int64_t c = 0; c < chunks; c++, x += 2 * TILE_BYTES) {
+        const uint16_t *wide = wide_of[c % 2];
+        uint16_t *soon = wide_of[(c + 1) % 2];
+        at += bytes;
+        TILE_LOAD(6, x, 64);
+        TILE_LOAD(7, x + TILE_BYTES, 64);
+#define NEXT_TILE(i)                                                                                                   \
+    if (c + 1 < chunks) NAME(widen_group)(at + (i) * tile, kind, soon + (i) * LANES * CHUNK);                          \
+    TILE_FENCE();                                                                                                      \
+    TILE_OF_CHUNK(i, wide + (i) * LANES * CHUNK, wide + (i) * LANES * CHUNK + LANES * TILE_VALUES, 64);                \
+    TILE_FENCE();
+        NEXT_TILE(0)
+        NEXT_TILE(1)
+        NEXT_TILE(2)
+        NEXT_TILE(3)
+#undef NEXT_TILE
+    }
+    TILE_STORE(0, sums, 64);
+    TILE_STORE(1, sums + LANES * LANES, 64);
+    TILE_STORE(2, sums + 2 * LANES * LANES, 64);
+    TILE_STORE(3, sums + 3 * LANES * LANES, 64);
+    TILE_FENCE();
+    NAME(finish_panel)(job, panel, from, to, sums);
+}
+
 #define TILES_OF(kind)                                                                                                          \
     static __attribute__((noinline)) void NAME(tiles_##kind)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, \
                                                              int64_t last_panel) {                                              \
         if (last_panel - first_panel > 1 || to - from > FEW_TILED)                                                              \
             NAME(panels_of_tiles)(job, from, to, first_panel, last_panel, kind);                                                \
+        else if (kind != BF16 && job->w->tiled)                                                                                      \
+            NAME(one_panel_of_groups)(job, from, to, first_panel, kind);                                                        \
         else                                                                                                                    \
             NAME(one_panel_of_tiles)(job, from, to, first_panel, kind);                                                         \
     }
@@ -188,3 +277,36 @@ static void NAME(tiles)(const LinearJob *job, int64_t from, int64_t to, int64_t 
         [BF16] = NAME(tiles_BF16), [E4M3] = NAME(tiles_E4M3), [E4M3FNUZ] = NAME(tiles_E4M3), [E5M2] = NAME(tiles_E5M2)};
     by_kind[job->w->kind](job, from, to, first_panel, last_panel);
 }
+
+/* One token times groups of a tiled weight, by the dot product. The sums of a group are in L1, so that it is read in order. */
+INLINE void NAME(dot_of_groups)(const LinearJob *job, int64_t from, int64_t to, int kind) {
+    const Linear *w = job->w;
+    const int64_t chunks = (w->k + TILED_CODES - 1) / TILED_CODES;
+    const char *at = (const char *)w->weight + from * chunks * GROUP_ROWS * TILED_CODES;
+    float sums[GROUP_ROWS * VL] __attribute__((aligned(64))), columns[GROUP_ROWS];
+    for (int64_t group = from; group < to; group++) {
+        memset(sums, 0, sizeof sums);
+        for (int64_t c = 0; c < chunks; c++) {
+            const uint16_t *x = (const uint16_t *)job->panel + c * TILED_CODES;
+#pragma GCC unroll 8
+            for (int row = 0; row < GROUP_ROWS; row++, at += TILED_CODES) {
+                vf sum = NAME(load)(sums + row * VL);
+                __builtin_prefetch(at + TILE_AHEAD, 0, 2);
+                for (int u = 0; u < TILED_CODES; u += UNIT) {
+                    vp v[2], even, odd;
+                    NAME(widen_unit)(at + u, kind, v);
+                    memcpy(&even, x + u, sizeof even);
+                    memcpy(&odd, x + u + UNIT / 2, sizeof odd);
+                    sum = NAME(dot_pairs)(NAME(dot_pairs)(sum, even, v[0]), odd, v[1]);
+                }
+                NAME(store)(sums + row * VL, sum);
+            }
+        }
+        for (int i = 0; i < GROUP_ROWS; i += LANES) NAME(sums)(sums + i * VL, columns + i);
+        const int64_t first = group * GROUP_ROWS;
+        for (int64_t row = first; row < least(first + GROUP_ROWS, w->n); row++) NAME(finish)(job, 0, row, columns[row - first]);
+    }
+}
+
+static __attribute__((noinline)) void NAME(groups_E4M3)(const LinearJob *job, int64_t from, int64_t to) { NAME(dot_of_groups)(job, from, to, E4M3); }
+static __attribute__((noinline)) void NAME(groups_E5M2)(const LinearJob *job, int64_t from, int64_t to) { NAME(dot_of_groups)(job, from, to, E5M2); }

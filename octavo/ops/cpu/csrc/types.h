@@ -10,6 +10,8 @@ enum { NOT_QUANTIZED, PER_TOKEN, PER_GROUP }; /* quantization of activations */
 #define GROUP 128 /* values of a row that share a scale */
 #define LANES 16  /* tokens, or queries, of a panel */
 #define ROUNDED_COLUMNS 128 /* most columns of octavo_round_columns */
+#define GROUP_ROWS 64   /* rows of a tiled weight that are stored together, */
+#define TILED_CODES 64  /* so many codes of each at a time */
 #define TILED_QUERIES 64 /* query rows of a task of attention by matrix tiles, a multiple of LANES */
 
 /* An FP8 format for rounding: mantissa bits, exponent of the smallest normal number, bias, largest magnitude. */
@@ -21,13 +23,16 @@ static const float NARROWED[] = {[E4M3] = 256, [E4M3FNUZ] = 128, [E5M2] = 1}; /*
 
 /* A weight [n, k] with a row stride in values. scale: FP32, times the power of two that widening leaves out. scale_columns:
    0 for one scale per row, else the width of a grid of scales for tiles of scale_rows rows and 128 columns. INT4 uses
-   group_scale instead, of type group_kind: one scale per `group` values of a row; group is a multiple of 8. */
+   group_scale instead, of type group_kind: one scale per `group` values of a row; group is a multiple of 8.
+
+   tiled: whether FP8 codes are stored as tiles.h reads them, [n / GROUP_ROWS][k / TILED_CODES][GROUP_ROWS][TILED_CODES] with
+   zeros behind n and k; `stride` has no meaning then. */
 typedef struct {
     const void *weight;
     const float *scale;
     const void *group_scale;
     int64_t n, k, stride, scale_rows, scale_columns, group;
-    int32_t kind, activation, group_kind;
+    int32_t kind, activation, group_kind, tiled;
 } Linear;
 
 /* KV cache of a layer; strides in bytes of a block, a token and a head. k_scale and v_scale: one FP32 per token and head, or
