@@ -47,11 +47,13 @@ class Llama:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * self.w[f"{name}.weight"]
 
     def linear(self, at: str, name: str, x: Tensor) -> Tensor:
-        return x @ self.w[f"{at}{name}_proj.weight"].T
+        w: Tensor = self.w[f"{at}{name}_proj.weight"]
+        return x @ w.T
 
     def rotate(self, x: Tensor) -> Tensor:
         first, second = x.chunk(2, -1)
-        return x * self.cos + torch.cat([-second, first], -1) * self.sin
+        out: Tensor = x * self.cos + torch.cat([-second, first], -1) * self.sin
+        return out
 
     @torch.inference_mode()
     def run(self, ids: Tensor, change: KeysAndValues | None = None, grams: list[Tensor] | None = None) -> Tensor:

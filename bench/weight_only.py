@@ -2,7 +2,7 @@
 
     python -m bench.weight_only --size 25m 0.6b --requests 16 1
 
-The rows of `bench.serving`, without HTTP: random Llamas and an FP8 cache. CPU time, which other work on the machine changes less.
+The rows of `bench.serving`, without HTTP: random Llamas and an FP8 cache. CPU time, which other work changes less.
 """
 
 from __future__ import annotations
