@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from octavo import ops
-from octavo.convert.calibrated_layer import CalibratedLayer, Loss, State
+from octavo.convert.calibrated_layer import TOGETHER, CalibratedLayer, Loss, State
 from octavo.convert.output_file import write_error
 from octavo.convert.quantize_plan import Piece, Plan
 from octavo.distributed import TensorParallel
@@ -38,7 +38,7 @@ LayerLosses = dict[str, Loss]
 
 
 class Stash:
-    """Codes and scales of the layers that are done, by module, and the state of every window behind the last of them."""
+    """Codes and scales of the layers that are done, by module, and the state of every batch of text behind the last of them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -71,7 +71,7 @@ class Stash:
             return {name: Loss(**values) for name, values in json.loads(file.metadata()["losses"]).items()}
 
     def states(self, count: int) -> list[State]:
-        """Of every window, behind `count` layers."""
+        """Of every batch, behind `count` layers."""
         with safe_open(self.folder / f"state-{count:04d}.safetensors", "pt") as file:
             found = int(file.metadata()["states"])
             return [_state({name: file.get_tensor(name) for name in file.keys()}, i) for i in range(found)]  # noqa: SIM118
@@ -116,6 +116,7 @@ def calibrate(
     with _threads(threads):
         ops.bind(platform)
         longest = max(map(len, windows))
+        batches = [windows[i : i + TOGETHER] for i in range(0, len(windows), TOGETHER)]
         pieces: dict[str, Piece] = {piece.module: piece for piece in plan.quantized if not piece.is_kept}
         whole = build_model(config, TensorParallel(), longest)
         count: int = cast("DecoderLM", whole).config.num_hidden_layers
@@ -127,8 +128,8 @@ def calibrate(
             layer = CalibratedLayer(plan.checkpoint.directory, config, number, longest, platform, pieces)
             try:
                 if not number:
-                    states = [layer.embed(window) for window in windows]
-                made = layer.quantize(windows, states)
+                    states = [layer.embed(batch) for batch in batches]
+                made = layer.quantize(batches, states)
                 states = [] if number + 1 == count else [cast("State", state) for state in made]
             finally:
                 layer.close()
@@ -158,8 +159,8 @@ def _tensors(state: State) -> list[tuple[str, Tensor]]:
     return named + [(f"extras.{i}", tensor) for i, tensor in enumerate(state.extras)]
 
 
-def _state(tensors: Mapping[str, Tensor], window: int) -> State:
-    at = f"{window}."
+def _state(tensors: Mapping[str, Tensor], number: int) -> State:
+    at = f"{number}."
     extras = tuple(tensors[f"{at}extras.{i}"] for i in range(sum(name.startswith(f"{at}extras.") for name in tensors)))
     x, residual = tensors[f"{at}x"], tensors.get(f"{at}residual")
     return ModelInput(x, extras) if residual is None else StageState(x, residual, extras)

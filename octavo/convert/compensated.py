@@ -2,8 +2,9 @@
 
 With H the sum of x x^T over inputs x of the layer, the rounded weight W' loses tr((W' - W) H (W' - W)^T), the squared error of
 its outputs. Columns are rounded one after the other, and what each loses is carried into those that are still to come, in the
-amounts that lower this loss most (GPTQ, arXiv:2210.17323). Then, in the same order and more than once, each code becomes the
-one that is best where all others stay (coordinate descent). Scales are fixed before, so codes mean what plain codes mean.
+amounts that lower this loss most: GPTQ (arXiv:2210.17323), in the form of LDLQ (arXiv:2307.13304), which gives the same codes
+and takes one factorization of H and no inverse. Then, in the same order and more than once, each code becomes the one that is
+best where all others stay (coordinate descent). Scales are fixed before, so codes mean what plain codes mean.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def _codes(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def _losses(codes: Tensor, w: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
-    """d H d^T of each row's difference d, FP64 [N]."""
-    lost = codes.float().mul_(scale).double().sub_(w)
-    return (lost @ hessian.double()).mul_(lost).sum(1)
+    """d H d^T of each row's difference d, FP64 [N], of FP32 products."""
+    lost = codes.float().mul_(scale).sub_(w)
+    return (lost @ hessian).mul_(lost).sum(1, dtype=torch.float64)
 
 
 def _damping(diagonal: Tensor) -> Tensor:
@@ -68,53 +69,49 @@ def _damping(diagonal: Tensor) -> Tensor:
 
 
 def _factor(hessian: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The order of the columns, the largest diagonal first, and in it the upper Cholesky factor of H's inverse, FP32 [K, K].
+    """The order of the columns, the largest diagonal first, and in it the U of H = (U + I) D (U + I)^T, FP32 [K, K]: upper
+    triangular, zero on its diagonal. D is diagonal.
 
-    None where H cannot be inverted. A column whose inputs are all zero takes part in nothing.
+    None where H, damped, is not positive definite. A column whose inputs are all zero takes part in nothing.
     """
-    h = hessian.double()
-    diagonal = h.diagonal()
-    order = diagonal.argsort(descending=True, stable=True)
-    h = h[order][:, order]
-    used = diagonal[order] > 0
-    mean = diagonal.clamp_min(0).mean()
-    damping = _damping(h.diagonal())
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    backwards = order.flip(0)  # of a matrix turned round the lower factor is the upper one of the matrix, turned round
+    h = hessian[backwards][:, backwards].double()
+    diagonal = h.diagonal().clone()
+    mean, damping = diagonal.clamp_min(0).mean(), _damping(diagonal)
     for _ in range(ATTEMPTS):
-        damped = h.clone()
-        damped.diagonal().copy_(torch.where(used, h.diagonal() + damping, mean.clamp_min(1e-30)))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        h.diagonal().copy_(torch.where(diagonal > 0, diagonal + damping, mean.clamp_min(1e-30)))
+        lower, failed = torch.linalg.cholesky_ex(h)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(upper.isfinite().all()):
-                return order, upper.float()
+            lower /= lower.diagonal().clone()
+            if bool(lower.isfinite().all()):
+                return order, lower.float().tril_(-1).flip(0, 1).contiguous()
         damping = damping * 10
     return None
 
 
-def _rounded(w: Tensor, scale: Tensor, hessian: Tensor, order: Tensor, upper: Tensor) -> Tensor:
+def _rounded(w: Tensor, scale: Tensor, hessian: Tensor, order: Tensor, carried: Tensor) -> Tensor:
     """Codes [N, K]: columns in `order`, each rounded where those before have moved it to; then SWEEPS of coordinate descent."""
     exact = w.T[order].contiguous()  # a column is a row here, adjacent in memory
     scales = scale.T.contiguous() if scale.shape[1] == 1 else scale.T[order].contiguous()
     values, offset = exact.clone(), torch.zeros_like(exact)
-    _pass(values, offset, (upper / -upper.diagonal()[:, None]).contiguous(), scales, in_turn=True)
-    h = hessian.float()[order][:, order]
+    _pass(values, offset, carried, scales, back=False)
+    h = hessian[order][:, order]
     h.diagonal().add_(_damping(h.diagonal()))
     h /= h.diagonal().clone()  # column j by its own: where the loss is least in value j, less the value
     torch.mm(h.T, values - exact, out=offset)
     for _ in range(SWEEPS):
-        _pass(values, offset, h, scales, in_turn=False)
+        _pass(values, offset, h, scales, back=True)
     return _in_place((values / scales).to(FP8), order)
 
 
-def _pass(values: Tensor, offset: Tensor, influence: Tensor, scales: Tensor, *, in_turn: bool) -> None:
-    """`octavo.ops.round_columns` of all columns, COLUMNS at a time."""
+def _pass(values: Tensor, offset: Tensor, influence: Tensor, scales: Tensor, *, back: bool) -> None:
+    """`octavo.ops.round_columns` of all columns, COLUMNS at a time. back: `influence` is not zero below its diagonal."""
     for start in range(0, len(values), COLUMNS):
         block = slice(start, start + COLUMNS)
         own = influence[block]
-        moved = ops.round_columns(
-            values[block], offset[block], own[:, block], scales if len(scales) == 1 else scales[block], in_turn=in_turn
-        )
-        if not in_turn:
+        moved = ops.round_columns(values[block], offset[block], own[:, block], scales if len(scales) == 1 else scales[block])
+        if back:
             offset[:start].addmm_(own[:, :start].T, moved)
         offset[start + COLUMNS :].addmm_(own[:, start + COLUMNS :].T, moved)
 

@@ -64,6 +64,7 @@ from octavo.ops.latent import (
     write_index_keys,
     write_latent,
 )
+from octavo.ops.rounding import add_gram, round_columns
 from octavo.platform import Platform
 from octavo.quant import QTensor
 
@@ -71,21 +72,21 @@ __all__ = [
     "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "Dispatch", "ExpertLayerParts", "Filters", "FusedDecoder",
     "HeadNorms", "LayerParts", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized",
     "Reader", "Rope", "Rotation", "Routed", "Router", "Segments", "Uncombined", "Unscaled", "Unsummed", "absorbed_queries",
-    "all_gather", "all_reduce", "all_reduce_norm_quantize", "argmax", "argmax_over_ranks", "attend", "attention", "bind",
-    "capture", "captures", "captures_segments", "combine", "compile_ahead", "compile_elsewhere", "decode_variant", "dispatch",
-    "expanded_attention", "experts", "experts_uncombined", "finished", "fuse", "gated_linear", "gelu", "head_linear",
-    "latent_attention", "layer_norm", "linear", "linear_unscaled", "pack", "pack_experts", "project", "rms_norm",
-    "rope_write_kv", "rotate", "round_columns", "route", "sample", "segment_attention", "select_keys", "silu_mul", "table",
-    "write_index_keys", "write_kv", "write_latent",
+    "add_gram", "all_gather", "all_reduce", "all_reduce_norm_quantize", "argmax", "argmax_over_ranks", "attend", "attention",
+    "bind", "capture", "captures", "captures_segments", "combine", "compile_ahead", "compile_elsewhere", "decode_variant",
+    "dispatch", "expanded_attention", "experts", "experts_uncombined", "finished", "fuse", "gated_linear", "gelu",
+    "head_linear", "latent_attention", "layer_norm", "linear", "linear_unscaled", "pack", "pack_experts", "project",
+    "rms_norm", "rope_write_kv", "rotate", "round_columns", "route", "sample", "segment_attention", "select_keys", "silu_mul",
+    "table", "write_index_keys", "write_kv", "write_latent",
 ]  # fmt: skip
 
 T = TypeVar("T")
 
 _OPS = (
-    "absorbed_queries", "all_reduce", "argmax", "attention", "captures_segments", "combine", "decode_variant", "dispatch",
-    "expanded_attention", "gelu", "head_linear", "latent_attention", "layer_norm", "rms_norm", "rope_write_kv", "rotate",
-    "round_columns", "route", "sample", "segment_attention", "select_keys", "silu_mul", "write_index_keys", "write_kv",
-    "write_latent",
+    "absorbed_queries", "add_gram", "all_reduce", "argmax", "attention", "captures_segments", "combine", "decode_variant",
+    "dispatch", "expanded_attention", "gelu", "head_linear", "latent_attention", "layer_norm", "rms_norm", "rope_write_kv",
+    "rotate", "round_columns", "route", "sample", "segment_attention", "select_keys", "silu_mul", "write_index_keys",
+    "write_kv", "write_latent",
 )  # fmt: skip
 
 
@@ -373,18 +374,6 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Te
     Scores are scaled by D^-1/2. A query or key that is not finite may spoil the neighbouring head of its token.
     """
     return _bound["segment_attention"](q, k, v, segments)  # type: ignore[no-any-return]
-
-
-def round_columns(values: Tensor, offset: Tensor, influence: Tensor, scale: Tensor, *, in_turn: bool) -> Tensor:
-    """Rounds columns of a weight to FP8 codes times `scale` one after the other, each where those before it have moved it to.
-
-    values, offset: contiguous FP32 [K, N], K at most 128; a column of the weight is a row here. Column k is rounded (e4m3fn,
-    clamped) from values[k] - offset[k]; then influence[k, j] times what the result differs by from this, if `in_turn`, or from
-    values[k], is added to offset[j], for each j. influence FP32 [K, K], scale FP32 [1 or K, N], last axes contiguous. `values`
-    become the rounded ones, and the differences [K, N] are returned; `offset` is undefined afterwards if `in_turn`. Sums are
-    FP32; NaN stays in its place of N.
-    """
-    return _bound["round_columns"](values, offset, influence, scale, in_turn)  # type: ignore[no-any-return]
 
 
 def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:

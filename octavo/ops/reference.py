@@ -43,6 +43,7 @@ __all__ = [
     "EmptyWeight",
     "ReferenceLinear",
     "ReferenceStack",
+    "add_gram",
     "argmax",
     "attention",
     "captures_segments",
@@ -418,13 +419,20 @@ def _first_over(ends: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     return torch.minimum(torch.searchsorted(ends, target, right=True), last)
 
 
-def round_columns(values: Tensor, offset: Tensor, influence: Tensor, scale: Tensor, in_turn: bool) -> Tensor:
+def round_columns(values: Tensor, offset: Tensor, influence: Tensor, scale: Tensor) -> Tensor:
     limit, moved = FP8_MAX[torch.float8_e4m3fn], torch.empty_like(values)
     for k, (value, own) in enumerate(zip(values, offset, strict=True)):
         factor = scale[0 if len(scale) == 1 else k]
-        start = value - own
-        rounded = (start / factor).clamp_(-limit, limit).to(torch.float8_e4m3fn).float().mul_(factor)
-        torch.sub(rounded, start if in_turn else value, out=moved[k])
+        rounded = ((value - own) / factor).clamp_(-limit, limit).to(torch.float8_e4m3fn).float().mul_(factor)
+        torch.sub(rounded, value, out=moved[k])
         offset.addr_(influence[k], moved[k])
         value.copy_(rounded)
     return moved
+
+
+def add_gram(total: Tensor, x: Tensor) -> None:
+    values, width = x.float(), x.shape[1]
+    strip = max(256, width // 8)
+    for start in range(0, width, strip):
+        stop = start + strip
+        total[start:stop, start:].addmm_(values[:, start:stop].T, values[:, start:])

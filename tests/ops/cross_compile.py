@@ -142,7 +142,7 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
         "round_columns", round_columns._round_columns,
         dict(values=fp32, offset=fp32, influence=fp32, scale=fp32, moved=fp32,
              **dict.fromkeys(("columns", "rows", "influence_stride", "scale_stride"), "i32")),
-        dict(LIMIT=limit["LIMIT"], IN_TURN=True, CODE=getattr(triton.language, names[fp8]), BK=128, BN=round_columns.ROWS,
+        dict(LIMIT=limit["LIMIT"], CODE=getattr(triton.language, names[fp8]), BK=128, BN=round_columns.ROWS,
              PDL=pdl),
         {"num_warps": 4},
     )  # fmt: skip

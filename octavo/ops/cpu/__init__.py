@@ -24,6 +24,7 @@ if missing() is None:
         write_latent,
     )
     from octavo.ops.cpu.native import (
+        add_gram,
         argmax,
         attention,
         captures,
@@ -38,7 +39,7 @@ if missing() is None:
     from octavo.ops.cpu.op_recorder import capture
 
     __all__ += [
-        "absorbed_queries", "argmax", "capture", "captures", "combine", "dispatch", "head_linear", "latent_attention",
-        "rms_norm", "rope_write_kv", "rotate", "round_columns", "route", "sample", "select_keys", "silu_mul",
-        "write_index_keys", "write_latent",
+        "absorbed_queries", "add_gram", "argmax", "capture", "captures", "combine", "dispatch", "head_linear",
+        "latent_attention", "rms_norm", "rope_write_kv", "rotate", "round_columns", "route", "sample", "select_keys",
+        "silu_mul", "write_index_keys", "write_latent",
     ]  # fmt: skip

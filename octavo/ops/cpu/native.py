@@ -40,6 +40,7 @@ from octavo.quant.scheme import BLOCK, Granularity, WeightDType
 __all__ = [
     "MAX_SHARED",
     "Native",
+    "add_gram",
     "argmax",
     "attention",
     "captures",
@@ -275,13 +276,21 @@ def rotate(x: Tensor, cos_sin: Tensor, rows: Tensor, interleaved: bool = False) 
     return y
 
 
-def round_columns(values: Tensor, offset: Tensor, influence: Tensor, scale: Tensor, in_turn: bool) -> Tensor:
+def round_columns(values: Tensor, offset: Tensor, influence: Tensor, scale: Tensor) -> Tensor:
     moved = torch.empty_like(values)
     launch(kernels().octavo_round_columns,
         values.data_ptr(), offset.data_ptr(), moved.data_ptr(), influence.data_ptr(), scale.data_ptr(), *values.shape,
-        influence.stride(0), 0 if len(scale) == 1 else scale.stride(0), in_turn, get_num_threads(),
+        influence.stride(0), 0 if len(scale) == 1 else scale.stride(0), get_num_threads(),
     )  # fmt: skip
     return moved
+
+
+def add_gram(total: Tensor, x: Tensor) -> None:
+    if not is_readable(x):
+        return reference.add_gram(total, x)
+    launch(kernels().octavo_add_gram,
+        x.data_ptr(), total.data_ptr(), *x.shape, x.stride(0), KINDS[x.dtype], get_num_threads(),
+    )  # fmt: skip
 
 
 def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:

@@ -18,7 +18,7 @@ ROWS = 16  # of the weight in a CTA
 @triton.jit
 def _round_columns(
     values, offset, influence, scale, moved, columns, rows, influence_stride, scale_stride,
-    LIMIT: tl.constexpr, IN_TURN: tl.constexpr, CODE: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+    LIMIT: tl.constexpr, CODE: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     k, n = tl.arange(0, BK), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = n < rows
@@ -30,21 +30,21 @@ def _round_columns(
         place = i * rows + n
         value = tl.load(values + place, mask=inside, other=0.0)
         factor = tl.load(scale + i * scale_stride + n, mask=inside, other=1.0)
-        start = value - tl.sum(tl.where((k == i)[:, None], own, 0.0), 0)
-        rounded = to_fp8(tl.div_rn(start, factor), LIMIT, CODE).to(tl.float32) * factor
-        by = rounded - (start if IN_TURN else value)
+        own_here = tl.sum(tl.where((k == i)[:, None], own, 0.0), 0)
+        rounded = to_fp8(tl.div_rn(value - own_here, factor), LIMIT, CODE).to(tl.float32) * factor
+        by = rounded - value
         tl.store(values + place, rounded, mask=inside)
         tl.store(moved + place, by, mask=inside)
         own += tl.load(influence + i * influence_stride + k, mask=k < columns, other=0.0)[:, None] * by[None, :]
     tl.store(offset + at, own, mask=(k < columns)[:, None] & inside[None, :])
 
 
-def round_columns(values: Tensor, offset: Tensor, influence: Tensor, scale: Tensor, in_turn: bool) -> Tensor:
+def round_columns(values: Tensor, offset: Tensor, influence: Tensor, scale: Tensor) -> Tensor:
     (columns, rows), moved = values.shape, torch.empty_like(values)
     if values.numel():
         launch(_round_columns, (triton.cdiv(rows, ROWS),),
             values, offset, influence, scale, moved, columns, rows, influence.stride(0),
-            0 if len(scale) == 1 else scale.stride(0), LIMIT=FP8_MAX[torch.float8_e4m3fn], IN_TURN=in_turn, CODE=tl.float8e4nv,
+            0 if len(scale) == 1 else scale.stride(0), LIMIT=FP8_MAX[torch.float8_e4m3fn], CODE=tl.float8e4nv,
             BK=power_of_2(columns, 16), BN=ROWS, num_warps=4,
         )  # fmt: skip
     return moved

@@ -266,16 +266,16 @@ static void NAME(round_columns)(void *argument, int64_t task) {
         memcpy(factor, c->scale + k * c->scale_stride + first, (size_t)count * 4);
         vf moved[PARTS];
         for (int i = 0; i < PARTS; i++) {
-            const vf before = NAME(load)(value + i * VL), start = before - NAME(load)(own[k] + i * VL);
-            const vf rounded = NAME(to_e4m3)(start / NAME(load)(factor + i * VL)) * NAME(load)(factor + i * VL);
-            moved[i] = rounded - (c->in_turn ? start : before);
+            const vf before = NAME(load)(value + i * VL), by_scale = NAME(load)(factor + i * VL);
+            const vf rounded = NAME(to_e4m3)((before - NAME(load)(own[k] + i * VL)) / by_scale) * by_scale;
+            moved[i] = rounded - before;
             NAME(store)(result + i * VL, rounded);
             NAME(store)(by + i * VL, moved[i]);
         }
         memcpy(c->values + k * c->rows + first, result, (size_t)count * 4);
         memcpy(c->moved + k * c->rows + first, by, (size_t)count * 4);
         const float *influence = c->influence + k * c->influence_stride;
-        for (int64_t j = c->in_turn ? k + 1 : 0; j < c->columns; j++)
+        for (int64_t j = 0; j < c->columns; j++)
             for (int i = 0; i < PARTS; i++) NAME(store)(own[j] + i * VL, NAME(load)(own[j] + i * VL) + influence[j] * moved[i]);
     }
     for (int64_t k = 0; k < c->columns; k++) memcpy(c->offset + k * c->rows + first, own[k], (size_t)count * 4);

@@ -23,8 +23,8 @@ static int uses_tiles; /* whether products and attention of the set in use may b
 
 typedef struct {
     const char *name;
-    task_fn prepare, multiply, look_up, attend, rms_norm, silu_mul, argmax, sample, rotate, rope, round_columns, combine,
-        write_latent, write_index_keys, heads, latent_attend, latent_join, select_prepare, select_score;
+    task_fn prepare, multiply, look_up, attend, rms_norm, silu_mul, argmax, sample, rotate, rope, round_columns, gram_codes,
+        gram_products, combine, write_latent, write_index_keys, heads, latent_attend, latent_join, select_prepare, select_score;
     int (*pairs_pay)(void); /* whether panels are faster in pairs (dot product); NULL without such a product */
     int has_tiles;          /* whether `multiply` can use matrix tiles */
 } Functions;
@@ -277,9 +277,27 @@ void octavo_rope_write_kv(const void *q, const void *k, const void *v, const voi
 
 /* Round columns to FP8 one after the other; contract in octavo/ops/__init__.py. At most ROUNDED_COLUMNS of them. */
 void octavo_round_columns(float *values, float *offset, float *moved, const float *influence, const float *scale, int64_t columns,
-                          int64_t rows, int64_t influence_stride, int64_t scale_stride, int32_t in_turn, int32_t threads) {
-    RoundedColumns c = {values, offset, moved, influence, scale, columns, rows, influence_stride, scale_stride, in_turn};
+                          int64_t rows, int64_t influence_stride, int64_t scale_stride, int32_t threads) {
+    RoundedColumns c = {values, offset, moved, influence, scale, columns, rows, influence_stride, scale_stride};
     each_of(chosen->round_columns, &c, (rows + LANES - 1) / LANES, threads);
+}
+
+/* Add x^T x to the upper half of total [width, width], for x [tokens, width] whose rows are `stride` values apart. Returns 0, or
+   -1 without memory. */
+int32_t octavo_add_gram(const void *x, float *total, int64_t tokens, int64_t width, int64_t stride, int32_t kind, int32_t threads) {
+    const int64_t most = 8 * GRAM_TOKENS, panels = (width + LANES - 1) / LANES, chunks = (least(tokens, most) + GRAM_TOKENS - 1) / GRAM_TOKENS;
+    const size_t codes = (size_t)(chunks * panels * LANES * GRAM_TOKENS / 2) * sizeof(int32_t);
+    pthread_mutex_lock(&pool.call);
+    char *memory = scratch(codes + (size_t)(chunks * panels * LANES) * sizeof(float));
+    for (int64_t at = 0; memory && at < tokens; at += most) {
+        Gram g = {(const char *)x + at * stride * size_of(kind), total, (float *)(memory + codes), (int32_t *)memory,
+                  least(most, tokens - at), width, stride, panels, kind};
+        const int64_t parts = (g.tokens + GRAM_TOKENS - 1) / GRAM_TOKENS * ((panels * LANES + GROUP - 1) / GROUP);
+        parallel(chosen->gram_codes, &g, parts, threads);
+        parallel(chosen->gram_products, &g, (width + GRAM_STRIP - 1) / GRAM_STRIP, threads);
+    }
+    pthread_mutex_unlock(&pool.call);
+    return memory ? 0 : -1;
 }
 
 #include "mla.h"

@@ -12,6 +12,9 @@ enum { NOT_QUANTIZED, PER_TOKEN, PER_GROUP }; /* quantization of activations */
 #define ROUNDED_COLUMNS 128 /* most columns of octavo_round_columns */
 #define GROUP_ROWS 64   /* rows of a tiled weight that are stored together, */
 #define TILED_CODES 64  /* so many codes of each at a time */
+#define GRAM_TOKENS 512 /* products of as many codes of up to GRAM_MOST have a sum of 32 bits */
+#define GRAM_MOST 2047
+#define GRAM_STRIP 64 /* rows of the result that a task has, a multiple of LANES */
 #define TILED_QUERIES 64 /* query rows of a task of attention by matrix tiles, a multiple of LANES */
 
 /* An FP8 format for rounding: mantissa bits, exponent of the smallest normal number, bias, largest magnitude. */
@@ -152,8 +155,17 @@ typedef struct {
     float *values, *offset, *moved;
     const float *influence, *scale;
     int64_t columns, rows, influence_stride, scale_stride;
-    int32_t in_turn;
 } RoundedColumns;
+
+/* x [tokens, width], rows `stride` values apart, as codes of 16 bits, and total [width, width], whose upper half grows by
+   x^T x. A panel is LANES columns; scale: one for each column of GRAM_TOKENS tokens. */
+typedef struct {
+    const void *x;
+    float *total, *scale;
+    int32_t *codes;
+    int64_t tokens, width, stride, panels;
+    int32_t kind;
+} Gram;
 
 /* Rows [tokens, width + rope_width], `stride` values apart, to be stored at `slots` of a cache: normed (LayerNorm for an
    indexer), with `rotated` of their values rotated; interleaved: rotary pairs are adjacent values. */
