@@ -53,12 +53,15 @@ def output_files(plan: Plan, output: Path) -> dict[str, OutputFile]:
             for name, pieces in plan.files.items()}  # fmt: skip
 
 
+STATES = 2  # of what a stopped calibration leaves to be continued: a number for each form that it has had
+
+
 def job_of(
     rules: QuantRules, search: bool, requantize_int4: bool = False, windows: Sequence[Sequence[int]] = ()
 ) -> dict[str, Any]:
     """What must be the same for a run to continue another one's work. `windows`: token ids to calibrate by, if any."""
-    text = {"calibration": hashlib.sha256(json.dumps([list(w) for w in windows]).encode()).hexdigest()} if windows else {}
-    return text | {
+    text = hashlib.sha256(json.dumps([list(w) for w in windows]).encode()).hexdigest()
+    return ({"calibration": text, "states": STATES} if windows else {}) | {
         "scheme": rules.scheme.name + (" of INT4, too" if requantize_int4 else ""), "ignore": list(rules.ignore),
         "lm_head": rules.quantize_lm_head, "scale_search": search,
     }  # fmt: skip
