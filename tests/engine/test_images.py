@@ -181,7 +181,7 @@ def test_memory_for_images_is_planned(saved: Saved, make: Any, monkeypatch: pyte
     assert encoder.capacity == kept // token
     assert encoder.largest == LENGTH  # what one image may have, whatever the cache holds: the tower's memory is bounded
     at_once = max(LENGTH, IMAGE_TOKENS)
-    assert images == kept // token * token + 2 * 2048 * token + encoder.model.encoder_workspace_bytes(at_once, torch.float32)
+    assert images == kept // token * token + 2 * 512 * token + encoder.model.encoder_workspace_bytes(at_once, torch.float32)
 
 
 @pytest.mark.parametrize("family", SIDES)
