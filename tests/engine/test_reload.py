@@ -151,7 +151,7 @@ def test_stored_kv_scales_are_reloaded_too(models: list[Path], tmp_path: Path) -
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (torch sees none)")
 @pytest.mark.parametrize("scheme", ["bf16", "ptpc_fp8", "fp8_block"])
 def test_on_an_accelerator_graphs_and_addresses_stay(models: list[Path], scheme: str) -> None:
-    options = dict(device="cuda", quantization=scheme, kv_cache_dtype="fp8", block_size=None, gpu_memory_utilization=0.1)
+    options = dict(device="cuda", quantization=scheme, kv_cache_dtype="fp8", block_size=None, kv_cache_memory_bytes=200_000_000)
     first, second = generate(load(models[0], **options)), generate(load(models[1], **options))
     llm = load(models[0], **options)
     core, before = llm._core, addresses(llm)

@@ -155,7 +155,7 @@ def decoder_of(directory: Path, shape: dict[str, Any], scheme: str = "ptpc_fp8")
 
     config = EngineConfig(
         model=str(write(directory, shape)), load_format="dummy", quantization=scheme, kv_cache_dtype="fp8", device="cuda",
-        enforce_eager=True, max_model_len=2048, gpu_memory_utilization=0.9, max_num_seqs=64,
+        enforce_eager=True, max_model_len=2048, kv_cache_memory_bytes=1 << 30, max_num_seqs=64,
     )  # fmt: skip
     runner = ModelRunner(config)
     (found,) = (one for one in runner.model.model.fused if isinstance(one, Between))
