@@ -81,8 +81,8 @@ DONE = [
     (
         "two H200s",
         "dense models (8B and 70B) and Qwen3-VL-235B's text, whole, on two ranks, with sums over NCCL and by Octavo's "
-        "kernels: throughput; over NCCL the greedy tokens of one rank in FP32, again after sleep and reload; experts whole on a rank; two engines "
-        "over HTTP; a rank killed and one stopped",
+        "kernels: throughput; over NCCL the greedy tokens of one rank in FP32, again after sleep and reload; experts whole on "
+        "a rank; two engines over HTTP; a rank killed and one stopped",
         "30 November 2026",
         "`octavo bench throughput -tp 2` ([RESULTS.md](../bench/RESULTS.md)), `LLM(tensor_parallel_size=2)`",
     ),
