@@ -17,6 +17,7 @@ from octavo.option_values import (
     KV_CACHE_DTYPES,
     MAX_MEDIA,
     QUANTIZATIONS,
+    ROUNDINGS,
     UNREAD_FORMATS,
     canonical,
     layer_names,
@@ -138,6 +139,7 @@ class EngineConfig:
         group=QUANTIZATION,
         metavar="LAYER",
     )
+    kv_cache_rounding: str = option("nearest", "of FP8 keys; calibrated: by --calibrate", group=QUANTIZATION, values=ROUNDINGS)
     calculate_kv_scales: bool = option(False, "measure the FP8 KV scales at start instead of using 1.0", group=QUANTIZATION)
     max_model_len: int | None = option(
         None,
@@ -275,7 +277,7 @@ class EngineConfig:
         for name, known in {
             "quantization": QUANTIZATIONS, "kv_cache_dtype": KV_CACHE_DTYPES, "decode_activations": DECODE_ACTIVATIONS,
             "dtype": DTYPES, "device": {d: d for d in ("auto", "cuda", "cpu")}, "distributed_executor_backend": EXECUTORS,
-            "mm_encoder_tp_mode": {m: m for m in ("weights", "data")},
+            "mm_encoder_tp_mode": {m: m for m in ("weights", "data")}, "kv_cache_rounding": {r: r for r in ROUNDINGS},
             "load_format": {"auto": "auto", "safetensors": "auto", "dummy": "dummy"},
         }.items():  # fmt: skip
             if (given := getattr(self, name)) is not None:

@@ -11,8 +11,11 @@ from typing import Any
 
 from octavo.errors import OctavoError
 
-__all__ = ["INDEX", "check_directory", "check_regular", "read_json", "read_text", "unread_weights", "weight_format"]
+__all__ = [
+    "INDEX", "KEY_ROUNDING", "check_directory", "check_regular", "read_json", "read_text", "unread_weights", "weight_format",
+]  # fmt: skip
 
+KEY_ROUNDING = "key_rounding.octavo"  # how keys of an FP8 cache are rounded; no other reader takes it for weights
 INDEX = "model.safetensors.index.json"  # which file of a checkpoint holds each tensor
 
 _POINTER = b"version https://git-lfs.github.com/"

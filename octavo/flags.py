@@ -26,10 +26,13 @@ ENGINE = tuple(field.name for field in config_fields())
 WEIGHTS = ("model", "revision", "download_dir", "quantization_ignore", "quantize_lm_head")
 LOADING = (*WEIGHTS, "dtype", "device", "load_format", "max_model_len", "gpu_memory_utilization", "cpu_kv_cache_gib")
 SCHEME = (
-    "quantization", "quantization_config", "decode_activations", "kv_cache_dtype", "calculate_kv_scales",
-    "tensor_parallel_size", "enable_expert_parallel",
+    "quantization", "quantization_config", "decode_activations", "kv_cache_dtype", "kv_cache_rounding",
+    "calculate_kv_scales", "tensor_parallel_size", "enable_expert_parallel",
 )  # fmt: skip
-MEASURED = ("decode_activations", "calculate_kv_scales", "block_size", "max_num_batched_tokens", "enforce_eager", "threads")
+MEASURED = (
+    "decode_activations", "kv_cache_rounding", "calculate_kv_scales", "block_size", "max_num_batched_tokens", "enforce_eager",
+    "threads",
+)  # fmt: skip
 STEPS = ("block_size", "max_num_seqs", "max_num_batched_tokens")
 IMAGES = ("limit_mm_per_prompt", "language_model_only", "mm_processor_cache_gb", "mm_encoder_tp_mode")
 OF_A_SERVER = (

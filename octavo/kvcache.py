@@ -14,8 +14,8 @@ from torch import Tensor
 from octavo.errors import OctavoError
 
 __all__ = [
-    "Field", "IndexCache", "KVCache", "KVCacheSpec", "LatentCache", "LayerCache", "Layout", "gather", "index_spec",
-    "latent_spec", "spec_for",
+    "Field", "IndexCache", "KVCache", "KVCacheSpec", "KeyRounding", "LatentCache", "LayerCache", "Layout", "gather",
+    "index_spec", "latent_spec", "spec_for",
 ]  # fmt: skip
 
 LATENT_GROUP = 128  # latent values per scale
@@ -23,17 +23,30 @@ LATENT_GROUP = 128  # latent values per scale
 Views = dict[str, Tensor]
 
 
+class KeyRounding(NamedTuple):
+    """How one layer's keys are rounded to FP8 codes, so that the errors cancel out in products with its queries.
+
+    order: INT32 [kv_heads, D], the dimension that each step rounds. influence: FP32 [kv_heads, D, D]; row i holds what the
+    error of step i does to each dimension, 0 for those that are rounded by then. Both on the cache's device.
+    """
+
+    influence: Tensor
+    order: Tensor
+
+
 class LayerCache(NamedTuple):
     """One layer's keys and values: typed views [num_blocks, block_size, heads, ...], and the dequantization scales of an FP8
     cache: FP32 on the cache's device, [1] for the layer or [kv_heads].
 
     Kernels read the scales from device memory, so that a scale can change under a captured graph. They ignore them for a cache
-    of another dtype and for one with a scale per token and head (which is in `views`).
+    of another dtype and for one with a scale per token and head (which is in `views`). key_rounding: None rounds to nearest;
+    only a cache of FP8 codes with such scales has one.
     """
 
     views: Views
     k_scale: Tensor
     v_scale: Tensor
+    key_rounding: KeyRounding | None = None
 
 
 class LatentCache(NamedTuple):

@@ -39,6 +39,7 @@ KV_CACHE_DTYPES = {
 }
 DTYPES = {"auto": "auto", "bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "float": "float32"}
 DTYPES |= {"half": "bfloat16", "float16": "bfloat16"}  # which is said at start
+ROUNDINGS = "nearest", "calibrated"  # of keys in an FP8 cache
 DECODE_ACTIVATIONS = {"auto": "auto", "bf16": "bf16", "bfloat16": "bf16"}
 EXECUTORS = {"mp": "mp", "ray": "ray", "uni": "uni"}
 

@@ -17,6 +17,7 @@ _FILE_KEYS: dict[str, type] = {
     "kv_cache_dtype": str,
     "quantization_ignore": list,
     "quantize_lm_head": bool,
+    "kv_cache_rounding": str,
     "calculate_kv_scales": bool,
     "decode_activations": str,
     "measured": dict,

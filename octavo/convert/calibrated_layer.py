@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from octavo import batch, ops
 from octavo.convert.compensated import compensated
+from octavo.convert.key_rounding import Rounding, key_rounding
 from octavo.convert.quantize_plan import Piece
 from octavo.convert.row_quantize import peaks, search_errors, searched_scale
 from octavo.distributed import TensorParallel
 from octavo.kvcache import KVCache, Layout
+from octavo.layers.attention import PagedAttention
 from octavo.layers.linear import ColumnParallelLinear, RowParallelLinear
 from octavo.layers.moe import Experts
 from octavo.models import build_model
@@ -58,7 +60,8 @@ class CalibratedLayer:
     most `longest` tokens each.
 
     `pieces`: by module, the matrices that are to be rounded. `made` holds codes e4m3fn [N, K] and scales FP32 as `peaks` shapes
-    them, by module, and `losses` what they lose, by the first module of those that share their inputs.
+    them, by module, and `losses` what they lose, by the first module of those that share their inputs. `key_rounding`: how the
+    layer's keys are rounded in an FP8 cache; None of attention to latents.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class CalibratedLayer:
         self.model.bind_cache(self.cache.views)
         self.made: dict[str, tuple[Tensor, Tensor]] = {}
         self.losses: dict[str, Loss] = {}
+        self.key_rounding: Rounding | None = None
 
     def close(self) -> None:
         self.loader.source.close()
@@ -97,15 +101,21 @@ class CalibratedLayer:
 
     @torch.inference_mode()
     def quantize(self, batches: Sequence[Sequence[Sequence[int]]], states: Sequence[State]) -> list[Tensor | State]:
-        """Rounds the layer's matrices by what they read of `states`. Gives what the layer makes of each, unrounded."""
+        """Rounds the layer's matrices, and its keys, by what reads them in `states`. Gives what it makes of each, unrounded."""
         modules = self._modules()
         inputs = {path: _Inputs() for path in modules}
+        attention = [one for one in cast("nn.Module", self.model).modules() if isinstance(one, PagedAttention)]
+        for one in attention:
+            one.query_gram = torch.zeros(one.kv_heads, one.head_dim, one.head_dim, device=self.platform.device)
         handles = [modules[path].register_forward_pre_hook(one.see) for path, one in inputs.items()]
         try:
             after = [self.run(*pair) for pair in zip(batches, states, strict=True)]
         finally:
             for handle in handles:
                 handle.remove()
+        for one in attention:
+            assert one.query_gram is not None
+            self.key_rounding, one.query_gram = key_rounding(one.query_gram), None
         for path, module in modules.items():
             seen = inputs.pop(path)
             if isinstance(module, Experts):

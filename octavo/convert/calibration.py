@@ -22,6 +22,7 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.convert.calibrated_layer import TOGETHER, CalibratedLayer, Loss, State
+from octavo.convert.key_rounding import Rounding, write_key_rounding
 from octavo.convert.output_file import write_error
 from octavo.convert.quantize_plan import Piece, Plan
 from octavo.distributed import TensorParallel
@@ -32,6 +33,7 @@ from octavo.platform import Platform
 
 __all__ = ["WINDOW", "LayerLosses", "Stash", "calibrate"]
 
+KEYS = "key_influence", "key_order"  # of a layer, beside its codes
 WINDOW = 512  # tokens of text that attend to each other
 
 LayerLosses = dict[str, Loss]
@@ -70,6 +72,16 @@ class Stash:
         with safe_open(self.folder / _layer_name(number), "pt") as file:
             return {name: Loss(**values) for name, values in json.loads(file.metadata()["losses"]).items()}
 
+    def write_key_rounding(self, path: Path) -> None:
+        """Writes how the layers' keys are rounded; nothing where no layer has keys of its own."""
+        layers: dict[int, Rounding] = {}
+        for number in range(self.done()):
+            with safe_open(self.folder / _layer_name(number), "pt") as file:
+                if KEYS[0] in file.keys():  # noqa: SIM118
+                    layers[number] = file.get_tensor(KEYS[0]), file.get_tensor(KEYS[1])
+        if layers:
+            write_key_rounding(path, layers)
+
     def states(self, count: int) -> list[State]:
         """Of every batch, behind `count` layers."""
         with safe_open(self.folder / f"state-{count:04d}.safetensors", "pt") as file:
@@ -80,6 +92,7 @@ class Stash:
         """Keeps what layer `number` gave. Whoever is stopped in between computes the layer again."""
         made = {f"{name}.weight": codes for name, (codes, _) in layer.made.items()}
         made |= {f"{name}.weight_scale": scale for name, (_, scale) in layer.made.items()}
+        made |= dict(zip(KEYS, layer.key_rounding or (), strict=False))
         losses = {name: asdict(loss) for name, loss in layer.losses.items()}
         self._write(_layer_name(number), made, {"losses": json.dumps(losses)})
         self._note(self.folder / _layer_name(number))

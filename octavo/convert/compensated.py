@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo import ops
 from octavo.platform import FP8_MAX
 
-__all__ = ["Rounded", "compensated"]
+__all__ = ["Rounded", "compensated", "factor"]
 
 COLUMNS = 128  # rounded before the rest of the matrix learns of their errors
 DAMPING = 0.3  # of H's diagonal, added to it: of a small sample, what is beside it is known by each pair of inputs' own sizes
@@ -44,10 +44,10 @@ def compensated(w: Tensor, scale: Tensor, hessian: Tensor) -> Rounded:
     """
     plain = _codes(w, scale)
     before = _losses(plain, w, scale, hessian)
-    factor = _factor(hessian) if bool(hessian.isfinite().all()) else None
-    if factor is None:
+    found = factor(hessian) if bool(hessian.isfinite().all()) else None
+    if found is None:
         return Rounded(plain, before, before)
-    codes = _rounded(w, scale, hessian, *factor)
+    codes = _rounded(w, scale, hessian, *found)
     after = _losses(codes, w, scale, hessian)
     better = after < before  # False of NaN
     chosen = torch.where(better[:, None], codes.view(torch.uint8), plain.view(torch.uint8)).view(FP8)
@@ -64,13 +64,13 @@ def _losses(codes: Tensor, w: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
     return (lost @ hessian).mul_(lost).sum(1, dtype=torch.float64)
 
 
-def _damping(diagonal: Tensor) -> Tensor:
-    return DAMPING * diagonal + LEAST * diagonal.clamp_min(0).mean()
+def _damping(diagonal: Tensor, part: float = DAMPING) -> Tensor:
+    return part * diagonal + LEAST * diagonal.clamp_min(0).mean()
 
 
-def _factor(hessian: Tensor) -> tuple[Tensor, Tensor] | None:
+def factor(hessian: Tensor, part: float = DAMPING) -> tuple[Tensor, Tensor] | None:
     """The order of the columns, the largest diagonal first, and in it the U of H = (U + I) D (U + I)^T, FP32 [K, K]: upper
-    triangular, zero on its diagonal. D is diagonal.
+    triangular, zero on its diagonal. D is diagonal. part: of the diagonal, added to it.
 
     None where H, damped, is not positive definite. A column whose inputs are all zero takes part in nothing.
     """
@@ -78,7 +78,7 @@ def _factor(hessian: Tensor) -> tuple[Tensor, Tensor] | None:
     backwards = order.flip(0)  # of a matrix turned round the lower factor is the upper one of the matrix, turned round
     h = hessian[backwards][:, backwards].double()
     diagonal = h.diagonal().clone()
-    mean, damping = diagonal.clamp_min(0).mean(), _damping(diagonal)
+    mean, damping = diagonal.clamp_min(0).mean(), _damping(diagonal, part)
     for _ in range(ATTEMPTS):
         h.diagonal().copy_(torch.where(diagonal > 0, diagonal + damping, mean.clamp_min(1e-30)))
         lower, failed = torch.linalg.cholesky_ex(h)

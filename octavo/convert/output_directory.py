@@ -18,6 +18,7 @@ from typing import IO, Any, Self
 
 from octavo.convert.output_file import OutputFile, write_error, write_json
 from octavo.errors import OctavoError
+from octavo.files import KEY_ROUNDING
 from octavo.version import __version__
 from octavo.weights.checkpoint import INDEX, Checkpoint
 
@@ -27,7 +28,7 @@ MARKER = ".octavo-quantize.json"
 ORIGIN = ".octavo-origin.json"
 STASH = ".octavo-calibrated"  # a folder of codes of layers, until the files that take them are whole
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack", ".gguf",
-           ".onnx", ".onnx_data", ".tflite", ".ot", ".partial"}  # fmt: skip
+           ".onnx", ".onnx_data", ".tflite", ".ot", ".partial", Path(KEY_ROUNDING).suffix}  # fmt: skip
 REPLACED = {"config.json", "hf_quant_config.json", INDEX}
 
 
@@ -168,7 +169,7 @@ class OutputDirectory:
         write_json(self.path / "config.json", {**_plain(config), "quantization_config": dict(quantization)})
 
     def _sync(self) -> None:
-        for place in (*(self.path / name for name in self.files), self.path):
+        for place in (*(self.path / name for name in self.files), *self.path.glob(KEY_ROUNDING), self.path):
             try:
                 descriptor = os.open(place, os.O_RDONLY)
                 try:

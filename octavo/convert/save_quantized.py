@@ -20,6 +20,7 @@ from octavo.convert.output_directory import OutputDirectory
 from octavo.convert.quantize_plan import Plan
 from octavo.convert.quantizer import job_of, output_files, remaining, write_files
 from octavo.errors import OctavoError
+from octavo.files import KEY_ROUNDING
 from octavo.platform import Platform
 from octavo.quant import QuantRules
 from octavo.weights.checkpoint import Checkpoint, RowReader, Scratch
@@ -67,6 +68,8 @@ def save_quantized(
             if stash is not None:
                 calibrate(plan, config, windows, here, stash, threads, _told_of_layers(progress))
             write_files(plan, directory, platform, False, threads, _Told(remaining(plan, directory), progress), stash)
+            if stash is not None:
+                stash.write_key_rounding(output / KEY_ROUNDING)
             by = "" if stash is None else f", {stash.said_of(plan, windows)}"
             directory.finish(config, quantization_config(plan))
         kept = "; the embeddings, which are the head too, stay BF16 there and are quantized at each start" if tied else ""

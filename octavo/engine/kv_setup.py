@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from octavo.config import EngineConfig
+from octavo.convert.key_rounding import read_key_rounding
 from octavo.errors import OctavoError
+from octavo.files import KEY_ROUNDING
 from octavo.kvcache import KVCacheSpec
 from octavo.models.interface import CalibratedModel, Model
 from octavo.quant.checks import cache_format_said
 from octavo.text.tokenizer import Tokenizer
 
-__all__ = ["cache_format", "calibration_tokens", "check_kv_scales", "set_kv_scales"]
+__all__ = ["SCALED", "cache_format", "calibration_tokens", "check_kv_scales", "set_key_rounding", "set_kv_scales"]
 
 SCALED = ("fp8_e4m3", "fp8_e5m2")  # cache dtypes with a scale for each layer's keys and values
 TEXT = """\
@@ -55,8 +58,8 @@ def cache_format(specs: Sequence[KVCacheSpec], kv_cache_dtype: str) -> str:
 
 
 def check_kv_scales(model: Model, config: EngineConfig, json_config: Mapping[str, Any]) -> None:
-    """Raises OctavoError where --calculate-kv-scales asks for scales that the model's caches do not have, and where those of
-    the checkpoint are for another format: such of FP4 would clip most of the values of FP8."""
+    """Raises OctavoError where --calculate-kv-scales or --kv-cache-rounding asks for what the model's caches do not have, and
+    where the checkpoint's scales are for another format: such of FP4 would clip most of the values of FP8."""
     directory, scaled = Path(config.model), hasattr(model, "kv_scales")
     said = cache_format_said(json_config, directory if directory.is_dir() else None)  # a plan may have a config.json alone
     if said not in ("", "FP8") and scaled and config.kv_cache_dtype in SCALED and not config.calculate_kv_scales:
@@ -69,6 +72,24 @@ def check_kv_scales(model: Model, config: EngineConfig, json_config: Mapping[str
             "--calculate-kv-scales has nothing to measure for this model: an FP8 cache of MLA, fp8_ds_mla, takes the scales of "
             "each token as it is written; leave the flag out."
         )
+    if config.kv_cache_rounding == "calibrated" and not scaled:
+        raise OctavoError("--kv-cache-rounding calibrated is for keys, and MLA's cache holds latents; leave it out.")
+    if config.kv_cache_rounding == "calibrated" and config.kv_cache_dtype not in SCALED:
+        raise OctavoError(
+            f"--kv-cache-rounding calibrated is for an FP8 cache with one scale a layer or head, not for --kv-cache-dtype "
+            f"{config.kv_cache_dtype}; use fp8, or leave it out."
+        )
+
+
+def set_key_rounding(model: Model, config: EngineConfig, directory: Path, *, check_only: bool) -> list[str]:
+    """Has caches round keys as --kv-cache-rounding says, by what calibration left beside the checkpoint in `directory`.
+
+    check_only: reads it and changes nothing. Returns notes for the report. Raises OctavoError where the checkpoint has none.
+    """
+    if config.kv_cache_rounding == "nearest":
+        return []
+    cast("CalibratedModel", model).set_key_rounding(partial(read_key_rounding, directory), check_only=check_only)
+    return [f"keys are rounded by what queries read of them, as {KEY_ROUNDING} has it, in a kernel of its own"]
 
 
 def calibration_tokens(directory: Path, vocab_size: int) -> list[int]:

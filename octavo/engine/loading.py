@@ -17,7 +17,7 @@ from octavo.config import EngineConfig
 from octavo.convert.save_quantized import save_quantized
 from octavo.distributed import TensorParallel, Unheard
 from octavo.engine.calibration_text import TOKENS, calibration_windows
-from octavo.engine.kv_setup import check_kv_scales
+from octavo.engine.kv_setup import check_kv_scales, set_key_rounding
 from octavo.engine.memory import check_weights, gib, length_held
 from octavo.engine.pipeline import check_pipeline
 from octavo.errors import OctavoError, shortage
@@ -48,7 +48,6 @@ __all__ = [
     "restore",
     "rules_of",
 ]
-
 
 ALONE = TensorParallel()
 ProgressCallback = Callable[[str, float], None] | None
@@ -209,6 +208,7 @@ def load_model(
     module = cast("nn.Module", model)
     shown = partial(progress, verb) if progress else None
     complete = load(module, loader, model.ignored, shown, put=put, elsewhere=model.other_stages)
+    loader.report.notes.extend(set_key_rounding(model, config, directory, check_only=put is rehearse))
     if peak is not None:
         loader.report.note(peak.describe())
     release()

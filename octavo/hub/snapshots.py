@@ -14,14 +14,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from octavo.errors import OctavoError
-from octavo.files import INDEX, read_json, read_text
+from octavo.files import INDEX, KEY_ROUNDING, read_json, read_text
 
 __all__ = ["complete_snapshot", "folder_of", "is_hub_name", "shards", "snapshot_of", "text_files", "weight_files"]
 
 _HUB_NAME = re.compile(r"(?=.{3,96}$)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # What is read of a checkpoint beside its weights. Anything else, such as code, pickles and weights of other formats, is left.
 _TEXTS = (
-    "config.json", "generation_config.json", "hf_quant_config.json", INDEX,
+    "config.json", "generation_config.json", "hf_quant_config.json", INDEX, KEY_ROUNDING,
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "tiktoken.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "additional_chat_templates/*.jinja", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from octavo import ops
 from octavo.batch import ForwardBatch
 from octavo.errors import OctavoError
-from octavo.kvcache import LayerCache, Views
+from octavo.kvcache import KeyRounding, LayerCache, Views
 from octavo.layers.linear import QKVLinear
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import RotaryEmbedding
@@ -37,6 +37,8 @@ class PagedAttention(nn.Module):
     cache: LayerCache
     k_scale: Tensor  # as in LayerCache; updated in place, because graphs hold their addresses
     v_scale: Tensor
+    key_influence: Tensor | None = None  # as in KeyRounding, of this rank's heads; None: keys are rounded to nearest
+    key_order: Tensor | None = None
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class PagedAttention(nn.Module):
         self.scale, self.window = scale, window
         self.scales_from_checkpoint = False
         self.observe = False  # while set, `attend` sets the scales from the largest key and value
+        self.query_gram: Tensor | None = None  # FP32 [kv_heads, D, D]; where set, `attend` adds q q^T of its rotated queries
 
     @property
     def rotary(self) -> RotaryEmbedding:
@@ -93,11 +96,35 @@ class PagedAttention(nn.Module):
         return scale * (2.0 if loader.platform.fp8_dtype is torch.float8_e4m3fnuz else 1.0)
 
     def bind_cache(self, views: Views) -> None:
-        self.cache = LayerCache(views, self.k_scale, self.v_scale)
+        rounding = None
+        if views and views["k"].dtype in FP8_MAX and self.key_influence is not None and self.key_order is not None:
+            rounding = KeyRounding(self.key_influence, self.key_order)
+        self.cache = LayerCache(views, self.k_scale, self.v_scale, rounding)
+
+    def own_rounding(self, influence: Tensor, order: Tensor) -> KeyRounding:
+        """This rank's part of a KeyRounding of all KV heads. Raises OctavoError for other shapes than the layer's."""
+        count, dim, tp = len(order), self.head_dim, self.tp
+        by_heads = count and order.shape == (count, dim) and influence.shape == (count, dim, dim)
+        at = Shard(0, tp.rank, tp.size, copies=max(1, tp.size // max(1, count))).slice(count)
+        if not by_heads or len(order[at]) != self.kv_heads or (tp.size == 1 and count != self.kv_heads):
+            raise OctavoError(
+                f"the checkpoint's rounding of keys is for {count} KV heads of {order.shape[-1]}, and the model has others; "
+                "calibrate it again."
+            )
+        device = self.k_scale.device
+        return KeyRounding(influence[at].float().contiguous().to(device), order[at].int().contiguous().to(device))
+
+    def set_key_rounding(self, new: KeyRounding) -> None:
+        """Rounds keys by `new`: `bind_cache` hands it to FP8 caches. What was handed over is changed in place."""
+        if self.key_influence is None or self.key_order is None:
+            self.key_influence, self.key_order = new
+        else:  # graphs hold their addresses
+            self.key_influence.copy_(new.influence)
+            self.key_order.copy_(new.order)
 
     def forward(self, x: ops.Operand, qkv: QKVLinear, batch: ForwardBatch) -> Tensor:
         """[T, heads * D] from hidden states x [T, K], which `qkv` projects."""
-        if qkv.bias is None and not self.observe:
+        if qkv.bias is None and not self.observe and self.query_gram is None:
             rotated = ops.project(x, qkv.weight, self.heads, self._rope(batch), self.cache, batch, self.window)
             if rotated is not None:
                 return ops.attention(rotated, self.cache, batch, self.scale, self.window).flatten(1)
@@ -111,6 +138,10 @@ class PagedAttention(nn.Module):
             _, rotated = reference.normed_and_rotated(q, k, rope)
             self._fit(self.k_scale, rotated)
             self._fit(self.v_scale, v)
+        if self.query_gram is not None:
+            queries, _ = reference.normed_and_rotated(q, k, rope)
+            for total, x in zip(self.query_gram, queries.unflatten(1, (self.kv_heads, -1)).unbind(1), strict=True):
+                ops.add_gram(total, x.flatten(0, 1))
         return ops.attend(q, k, v, rope, self.cache, batch, self.scale, self.window).flatten(1)
 
     def _rope(self, batch: ForwardBatch) -> ops.Rope:

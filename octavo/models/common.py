@@ -193,6 +193,13 @@ class CausalLM(DecoderLM):
         scales = [scale for layer in layers for scale in (layer.k_scale, layer.v_scale)]
         return scales, sum(layer.scales_from_checkpoint for layer in layers)
 
+    def set_key_rounding(self, read: Callable[[range], Sequence[tuple[Tensor, Tensor]]], *, check_only: bool) -> None:
+        layers = self.attention_layers()
+        own = [layer.own_rounding(*found) for layer, found in zip(layers, read(self.model.layers.stage), strict=True)]
+        if not check_only:
+            for layer, rounding in zip(layers, own, strict=True):
+                layer.set_key_rounding(rounding)
+
     def graph_key(self, requests: int, longest: int) -> Hashable:
         kinds = {(a.kv_heads, a.head_dim * a.cache.views["k"].element_size()) for a in self.attention_layers()}
         return tuple(ops.decode_variant(requests, *kind, longest) for kind in sorted(kinds))

@@ -45,7 +45,8 @@ class FusedLM(CausalLM):
         return DenseDecoder(self.config, self.tp, layers)
 
     def fuse(self, platform: Platform) -> None:
-        self.model.fused = tuple(ops.fuse(self.parts(), platform))
+        carried = any(layer.cache.key_rounding is not None for layer in self.attention_layers())
+        self.model.fused = tuple(ops.fuse(ops.CARRIED if carried else self.parts(), platform))
 
     def unfuse(self) -> None:
         self.model.fused = ()

@@ -118,6 +118,13 @@ class CalibratedModel(Protocol):
     def kv_scales(self) -> tuple[list[Tensor], int]:
         """Two scales a layer, and the number of layers that have theirs from the checkpoint."""
 
+    def set_key_rounding(self, read: Callable[[range], Sequence[tuple[Tensor, Tensor]]], *, check_only: bool) -> None:
+        """Has FP8 caches that are bound from now on round keys by what `read` gives of layers by their numbers: influence and
+        order, as in KeyRounding, of all KV heads. Where keys are rounded so already, these take the place of those before.
+
+        check_only: changes nothing. Raises OctavoError where shapes are not the model's.
+        """
+
 
 class VisionModel(Model, Protocol):
     """A model of text and images. An image's tokens stand in the prompt; what the tower makes of it takes their places."""

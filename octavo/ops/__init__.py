@@ -22,6 +22,7 @@ from octavo.kvcache import LayerCache
 from octavo.ops import ahead, reference, reference_latent
 from octavo.ops.bound import bound as _bound
 from octavo.ops.bound import bound_for
+from octavo.ops.cache_writes import CARRIED, rope_write_kv, round_keys, write_kv
 from octavo.ops.contract import (
     FEW_TOKENS,
     LATENT_SCRATCH,
@@ -69,15 +70,15 @@ from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
-    "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "Dispatch", "ExpertLayerParts", "Filters", "FusedDecoder",
-    "HeadNorms", "LayerParts", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized",
-    "Reader", "Rope", "Rotation", "Routed", "Router", "Segments", "Uncombined", "Unscaled", "Unsummed", "absorbed_queries",
-    "add_gram", "all_gather", "all_reduce", "all_reduce_norm_quantize", "argmax", "argmax_over_ranks", "attend", "attention",
-    "bind", "capture", "captures", "captures_segments", "combine", "compile_ahead", "compile_elsewhere", "decode_variant",
-    "dispatch", "expanded_attention", "experts", "experts_uncombined", "finished", "fuse", "gated_linear", "gelu",
-    "head_linear", "latent_attention", "layer_norm", "linear", "linear_unscaled", "pack", "pack_experts", "project",
-    "rms_norm", "rope_write_kv", "rotate", "round_columns", "route", "sample", "segment_attention", "select_keys", "silu_mul",
-    "table", "write_index_keys", "write_kv", "write_latent",
+    "CARRIED", "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "Dispatch", "ExpertLayerParts", "Filters",
+    "FusedDecoder", "HeadNorms", "LayerParts", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product",
+    "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Segments", "Uncombined", "Unscaled", "Unsummed",
+    "absorbed_queries", "add_gram", "all_gather", "all_reduce", "all_reduce_norm_quantize", "argmax", "argmax_over_ranks",
+    "attend", "attention", "bind", "capture", "captures", "captures_segments", "combine", "compile_ahead",
+    "compile_elsewhere", "decode_variant", "dispatch", "expanded_attention", "experts", "experts_uncombined", "finished",
+    "fuse", "gated_linear", "gelu", "head_linear", "latent_attention", "layer_norm", "linear", "linear_unscaled", "pack",
+    "pack_experts", "project", "rms_norm", "rope_write_kv", "rotate", "round_columns", "round_keys", "route", "sample",
+    "segment_attention", "select_keys", "silu_mul", "table", "write_index_keys", "write_kv", "write_latent",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -85,8 +86,8 @@ T = TypeVar("T")
 _OPS = (
     "absorbed_queries", "add_gram", "all_reduce", "argmax", "attention", "captures_segments", "combine", "decode_variant",
     "dispatch", "expanded_attention", "gelu", "head_linear", "latent_attention", "layer_norm", "rms_norm", "rope_write_kv",
-    "rotate", "round_columns", "route", "sample", "segment_attention", "select_keys", "silu_mul", "write_index_keys",
-    "write_kv", "write_latent",
+    "rotate", "round_columns", "round_keys", "route", "sample", "segment_attention", "select_keys", "silu_mul",
+    "write_index_keys", "write_kv", "write_latent",
 )  # fmt: skip
 
 
@@ -376,30 +377,17 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Te
     return _bound["segment_attention"](q, k, v, segments)  # type: ignore[no-any-return]
 
 
-def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:
-    """Store keys and values [T, H, D] at `slots` [T] (block * block_size + offset) in the dtypes of the cache's views.
-
-    An FP8 cache stores round(k / scale), clamped. The scale is per layer, per head, or, if the cache stores scales, per token
-    and head. NaN and infinity are stored as 0: attention multiplies masked values by 0, so the cache must hold finite values.
-    """
-    _bound["write_kv"](cache, slots, k, v)
-
-
-def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, slots: Tensor) -> Tensor:
-    """Norms of the query and key heads, `rotate`, and `write_kv` in one op, between the QKV projection and attention.
-
-    q [T, H, D], k and v [T, H', D]; returns the rotated queries.
-    """
-    return _bound["rope_write_kv"](q, k, v, rope, cache, slots)  # type: ignore[no-any-return]
-
-
 def project(
     x: Operand, w: PackedWeight, heads: int, rope: Rope, cache: LayerCache, batch: ForwardBatch, window: int | None
 ) -> Tensor | None:
     """QKV projection of x [T, K] fused with `rope_write_kv` in one launch: the rotated queries [T, H, D].
 
-    Returns None, and writes nothing, if no kernel fuses the two here; the caller then uses `linear` and `attend`.
+    Returns None, and writes nothing, if no kernel fuses the two here, which none does where keys are not rounded to nearest;
+    the caller then uses `linear` and `attend`.
     """
+    if cache.key_rounding is not None:
+        _table["project"] = f"{_COMPOSED['project'][1]}: {CARRIED}"
+        return None
     return _bound["project"](x, w.at(tokens_of(x)), heads, rope, cache, batch, window)  # type: ignore[no-any-return]
 
 
@@ -416,6 +404,9 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, batch: ForwardBatch, scale: float, window: int | None
 ) -> Tensor:
     """`rope_write_kv` of a batch's q [T, H, D], k and v [T, H', D], then `attention`: [T, H, D]."""
+    if cache.key_rounding is not None:
+        _table["attend"] = f"{_COMPOSED['attend'][1]}: {CARRIED}"
+        return _rope_then_attention(q, k, v, rope, cache, batch, scale, window)
     return _bound["attend"](q, k, v, rope, cache, batch, scale, window)  # type: ignore[no-any-return]
 
 

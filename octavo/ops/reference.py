@@ -11,7 +11,7 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.distributed import TensorParallel
-from octavo.kvcache import LayerCache
+from octavo.kvcache import KeyRounding, LayerCache
 from octavo.ops.contract import (
     ANY_KIND,
     Activation,
@@ -57,6 +57,7 @@ __all__ = [
     "rope_write_kv",
     "rotate",
     "round_columns",
+    "round_keys",
     "route",
     "sample",
     "segment_attention",
@@ -428,6 +429,19 @@ def round_columns(values: Tensor, offset: Tensor, influence: Tensor, scale: Tens
         offset.addr_(influence[k], moved[k])
         value.copy_(rounded)
     return moved
+
+
+def round_keys(k: Tensor, rounding: KeyRounding, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    limit, by = FP8_MAX[dtype], scale.view(-1, 1).expand(k.shape[1], 1)
+    exact = k.nan_to_num(0.0, posinf=0.0, neginf=0.0).float()
+    values, offset = torch.empty_like(exact), torch.zeros_like(exact)
+    for step in range(k.shape[2]):
+        at = rounding.order[:, step].long().view(1, -1, 1).expand(len(k), -1, -1)
+        own = exact.gather(2, at)
+        rounded = ((own - offset.gather(2, at)) / by).clamp_(-limit, limit).to(dtype).float() * by
+        values.scatter_(2, at, rounded)
+        offset += (rounded - own) * rounding.influence[:, step]
+    return values.to(k.dtype)
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:

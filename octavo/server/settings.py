@@ -54,5 +54,6 @@ def cache_config(config: EngineConfig, info: EngineInfo) -> dict[str, Any]:
         "cache_dtype": config.kv_cache_dtype,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enable_prefix_caching": config.enable_prefix_caching,
+        "kv_cache_rounding": config.kv_cache_rounding,
         "calculate_kv_scales": config.calculate_kv_scales,
     }

@@ -33,6 +33,7 @@ from octavo.ops.triton import (
     rope,
     rotate,
     round_columns,
+    round_keys,
     routing,
     sample,
     segment_attention,
@@ -144,6 +145,14 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
              **dict.fromkeys(("columns", "rows", "influence_stride", "scale_stride"), "i32")),
         dict(LIMIT=limit["LIMIT"], CODE=getattr(triton.language, names[fp8]), BK=128, BN=round_columns.ROWS,
              PDL=pdl),
+        {"num_warps": 4},
+    )  # fmt: skip
+    yield (
+        "round_keys", round_keys._round_keys,
+        dict(k=bf16, out=bf16, influence=fp32, order=i32, scale=fp32,
+             **dict.fromkeys(("tokens", "k_stride", "k_head_stride"), "i32")),
+        dict(HEADS=8, D=128, DP=128, BT=round_keys.TOKENS, SCALE_STRIDE=0, LIMIT=limit["LIMIT"],
+             CODE=getattr(triton.language, names[fp8]), PDL=pdl),
         {"num_warps": 4},
     )  # fmt: skip
     for bm in (16, 128):

@@ -32,6 +32,7 @@ if missing() is None:
         rope_write_kv,
         rotate,
         round_columns,
+        round_keys,
         sample,
         silu_mul,
         write_kv,
@@ -40,6 +41,6 @@ if missing() is None:
 
     __all__ += [
         "absorbed_queries", "add_gram", "argmax", "capture", "captures", "combine", "dispatch", "head_linear",
-        "latent_attention", "rms_norm", "rope_write_kv", "rotate", "round_columns", "route", "sample", "select_keys",
-        "silu_mul", "write_index_keys", "write_latent",
+        "latent_attention", "rms_norm", "rope_write_kv", "rotate", "round_columns", "round_keys", "route", "sample",
+        "select_keys", "silu_mul", "write_index_keys", "write_latent",
     ]  # fmt: skip

@@ -58,6 +58,7 @@ REPLAYED = (
     "octavo_linear", "octavo_look_up", "octavo_attention", "octavo_rms_norm", "octavo_silu_mul", "octavo_argmax",
     "octavo_rotate", "octavo_rope_write_kv", "octavo_experts", "octavo_route", "octavo_dispatch", "octavo_combine",
     "octavo_write_latent", "octavo_write_index_keys", "octavo_head_linear", "octavo_latent_attention", "octavo_select_keys",
+    "octavo_round_keys",
 )  # fmt: skip
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -75,6 +76,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "octavo_sample": (None, [P] * 7 + [I64, I64, I32]),
     "octavo_rotate": (None, [P] * 4 + [I64] * 6 + [I32, I32]),
     "octavo_round_columns": (None, [P] * 5 + [I64] * 4 + [I32]),
+    "octavo_round_keys": (None, [P] * 5 + [I64] * 6 + [I32] * 3),
     "octavo_add_gram": (I32, [P, P, I64, I64, I64, I32, I32]),
     "octavo_rope_write_kv": (None, [P] * 10 + [I64] * 9 + [F, I32, I32]),
     "octavo_experts": (I32, [P, I64, I64, P, I64, P, P, I64, I64, P, I32, I32]),

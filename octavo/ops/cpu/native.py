@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, get_num_threads
 
 from octavo.batch import ForwardBatch
-from octavo.kvcache import LayerCache
+from octavo.kvcache import KeyRounding, LayerCache
 from octavo.ops import reference
 from octavo.ops.contract import (
     ANY_KIND,
@@ -50,6 +50,7 @@ __all__ = [
     "rope_write_kv",
     "rotate",
     "round_columns",
+    "round_keys",
     "sample",
     "silu_mul",
     "struct_of",
@@ -283,6 +284,18 @@ def round_columns(values: Tensor, offset: Tensor, influence: Tensor, scale: Tens
         influence.stride(0), 0 if len(scale) == 1 else scale.stride(0), get_num_threads(),
     )  # fmt: skip
     return moved
+
+
+def round_keys(k: Tensor, rounding: KeyRounding, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    (tokens, heads, dim), (influence, order) = k.shape, rounding
+    if dim > _MAX_DIM or not is_readable(k):
+        return reference.round_keys(k, rounding, scale, dtype)
+    out = k.new_empty(*k.shape)
+    launch(kernels().octavo_round_keys,
+        k.data_ptr(), out.data_ptr(), influence.data_ptr(), order.data_ptr(), scale.data_ptr(), tokens, heads, dim,
+        k.stride(0), k.stride(1), int(scale.numel() > 1), KINDS[k.dtype], KINDS[dtype], get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:

@@ -231,6 +231,7 @@ def write_config(path: Path, found: Comparison, config: EngineConfig) -> None:
         "kv_cache_dtype": engine.kv_cache_dtype,
         "quantization_ignore": list(engine.quantization_ignore),
         "quantize_lm_head": engine.quantize_lm_head,
+        "kv_cache_rounding": engine.kv_cache_rounding,
         "calculate_kv_scales": engine.calculate_kv_scales,
         "decode_activations": engine.decode_activations,
         "measured": {**about, "bf16_perplexity": found.reference.perplexity, **numbers, "decided": found.budget.decided(m)},

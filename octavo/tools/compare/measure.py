@@ -26,6 +26,7 @@ from torch import Tensor
 
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
+from octavo.engine.kv_setup import SCALED
 from octavo.engine.runner import ModelRunner
 from octavo.errors import OctavoError
 from octavo.messages import EngineRequest, SamplingParams
@@ -76,6 +77,7 @@ class Variant:
             model=self.calibrated or base.model,
             quantization=self.scheme,
             kv_cache_dtype=own_kv(base) if self.kv == "auto" else self.kv,
+            kv_cache_rounding=base.kv_cache_rounding if self.kv in SCALED else "nearest",
             quantization_ignore=tuple(dict.fromkeys(ignore)),
             quantize_lm_head=base.quantize_lm_head and quantized,
             quantization_config=None,

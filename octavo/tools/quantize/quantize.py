@@ -20,6 +20,7 @@ from octavo.convert.quantize_plan import Plan, names_of
 from octavo.convert.quantizer import job_of, output_files, remaining, write_files
 from octavo.engine.calibration_text import TOKENS, calibration_windows
 from octavo.errors import OctavoError
+from octavo.files import KEY_ROUNDING
 from octavo.frontend.model_files import with_files
 from octavo.models import MODEL_TYPES, architecture, read_config
 from octavo.platform import detect
@@ -149,6 +150,8 @@ def quantize_checkpoint(
                     say(stash.said_of(plan, windows))
                 with Progress(remaining(plan, directory)) as progress:
                     write_files(plan, directory, platform, search, threads, progress, stash)
+                if stash is not None:
+                    stash.write_key_rounding(output / KEY_ROUNDING)
                 directory.finish(config, quantization_config(plan))
         before = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         after = sum(file.nbytes for file in files.values())

@@ -15,8 +15,8 @@
 #endif
 static const Functions NAME(functions) = {
     STRING(SUFFIX), NAME(prepare), NAME(multiply), NAME(look_up), NAME(attend), NAME(rms_norm), NAME(silu_mul), NAME(argmax),
-    NAME(sample), NAME(rotate), NAME(rope), NAME(round_columns), NAME(gram_codes), NAME(gram_products), NAME(combine),
-    NAME(write_latent),
+    NAME(sample), NAME(rotate), NAME(rope), NAME(round_columns), NAME(round_keys), NAME(gram_codes), NAME(gram_products),
+    NAME(combine), NAME(write_latent),
     NAME(write_index_keys), NAME(heads), NAME(latent_attend), NAME(latent_join), NAME(select_prepare), NAME(select_score), PAIRS_PAY};
 
 #undef PAIRS_PAY

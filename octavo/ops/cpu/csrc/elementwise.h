@@ -280,3 +280,45 @@ static void NAME(round_columns)(void *argument, int64_t task) {
     }
     for (int64_t k = 0; k < c->columns; k++) memcpy(c->offset + k * c->rows + first, own[k], (size_t)count * 4);
 }
+
+/* LANES keys of one head, one a lane, through all dimensions. */
+static void NAME(round_keys)(void *argument, int64_t task) {
+    const RoundedKeys *r = argument;
+    const int64_t groups = (r->tokens + LANES - 1) / LANES, head = task / groups, first = task % groups * LANES, dim = r->dim;
+    const int64_t count = least(LANES, r->tokens - first), size = size_of(r->kind);
+    const int32_t *order = r->order + head * dim;
+    const float scale = r->scale[head * r->scale_head];
+    float values[MAX_DIM][LANES] = {{0}}, offset[MAX_DIM][LANES] = {{0}}, row[GROUP] = {0};
+    for (int64_t t = 0; t < count; t++) {
+        const char *k = (const char *)r->k + ((first + t) * r->token + head * r->head) * size;
+        for (int64_t at = 0; at < dim; at += GROUP) {
+            const int64_t some = least(GROUP, dim - at);
+            NAME(widen_row)(row, k + at * size, r->kind, some);
+            NAME(keep_finite)(row, some);
+            for (int64_t d = 0; d < some; d++) values[at + d][t] = row[d];
+        }
+    }
+    for (int64_t step = 0; step < dim; step++) {
+        float *own = values[order[step]];
+        const float *influence = r->influence + (head * dim + step) * dim, *before = offset[order[step]];
+        vf moved[PARTS];
+        for (int i = 0; i < PARTS; i++) {
+            const vf exact = NAME(load)(own + i * VL);
+            const vf rounded = NAME(round_to)(exact - NAME(load)(before + i * VL), scale, FORMATS[r->to_kind]) * scale;
+            moved[i] = rounded - exact;
+            NAME(store)(own + i * VL, rounded);
+        }
+        for (int64_t next = step + 1; next < dim; next++) { /* the others are rounded, and their influence is 0 */
+            float *to = offset[order[next]];
+            for (int i = 0; i < PARTS; i++) NAME(store)(to + i * VL, NAME(load)(to + i * VL) + influence[order[next]] * moved[i]);
+        }
+    }
+    for (int64_t t = 0; t < count; t++) {
+        char *out = (char *)r->out + ((first + t) * r->heads + head) * dim * size;
+        for (int64_t at = 0; at < dim; at += GROUP) {
+            const int64_t some = least(GROUP, dim - at);
+            for (int64_t d = 0; d < some; d++) row[d] = values[at + d][t];
+            NAME(narrow_row)(out, r->kind, at, row, some);
+        }
+    }
+}

@@ -23,8 +23,8 @@ static int uses_tiles; /* whether products and attention of the set in use may b
 
 typedef struct {
     const char *name;
-    task_fn prepare, multiply, look_up, attend, rms_norm, silu_mul, argmax, sample, rotate, rope, round_columns, gram_codes,
-        gram_products, combine, write_latent, write_index_keys, heads, latent_attend, latent_join, select_prepare, select_score;
+    task_fn prepare, multiply, look_up, attend, rms_norm, silu_mul, argmax, sample, rotate, rope, round_columns, round_keys,
+        gram_codes, gram_products, combine, write_latent, write_index_keys, heads, latent_attend, latent_join, select_prepare, select_score;
     int (*pairs_pay)(void); /* whether panels are faster in pairs (dot product); NULL without such a product */
     int has_tiles;          /* whether `multiply` can use matrix tiles */
 } Functions;
@@ -280,6 +280,14 @@ void octavo_round_columns(float *values, float *offset, float *moved, const floa
                           int64_t rows, int64_t influence_stride, int64_t scale_stride, int32_t threads) {
     RoundedColumns c = {values, offset, moved, influence, scale, columns, rows, influence_stride, scale_stride};
     each_of(chosen->round_columns, &c, (rows + LANES - 1) / LANES, threads);
+}
+
+/* Round keys to FP8 values one dimension after the other; contract in octavo/ops/cache_writes.py. dim is at most MAX_DIM. */
+void octavo_round_keys(const void *k, void *out, const float *influence, const int32_t *order, const float *scale, int64_t tokens,
+                       int64_t heads, int64_t dim, int64_t token, int64_t head, int64_t scale_head, int32_t kind, int32_t to_kind,
+                       int32_t threads) {
+    RoundedKeys r = {k, out, influence, scale, order, tokens, heads, dim, token, head, scale_head, kind, to_kind};
+    each_of(chosen->round_keys, &r, (tokens + LANES - 1) / LANES * heads, threads);
 }
 
 /* Add x^T x to the upper half of total [width, width], for x [tokens, width] whose rows are `stride` values apart. Returns 0, or

@@ -58,6 +58,7 @@ int32_t octavo_replay(const Call *calls, int64_t count) {
             status = octavo_select_keys(P(0), P(1), P(2), P(3), P(4), P(5), P(6), P(7), P(8), w[9], w[10], w[11], w[12], w[13], w[14],
                                         w[15], w[16], w[17], I(18), I(19), I(20));
             break;
+        case 17: octavo_round_keys(P(0), P(1), P(2), P(3), P(4), w[5], w[6], w[7], w[8], w[9], w[10], I(11), I(12), I(13)); break;
         default: return -1;
         }
     }

@@ -157,6 +157,17 @@ typedef struct {
     int64_t columns, rows, influence_stride, scale_stride;
 } RoundedColumns;
 
+/* Keys k [tokens, heads, dim], strides in values, to be rounded to out, contiguous, as values of the FP8 format `to_kind`; see
+   octavo_round_keys. influence [heads, dim, dim], order [heads, dim], scale [1 or heads], with a stride. */
+typedef struct {
+    const void *k;
+    void *out;
+    const float *influence, *scale;
+    const int32_t *order;
+    int64_t tokens, heads, dim, token, head, scale_head;
+    int32_t kind, to_kind;
+} RoundedKeys;
+
 /* x [tokens, width], rows `stride` values apart, as codes of 16 bits, and total [width, width], whose upper half grows by
    x^T x. A panel is LANES columns; scale: one for each column of GRAM_TOKENS tokens. */
 typedef struct {
