@@ -88,6 +88,10 @@ REFUSED = {
         (dict(kv_cache_dtype="fp8_e5m2"), 'kv_cache_dtype="fp8_e5m2" is not for MLA models, .* use fp8'),
         (dict(kv_cache_dtype="fp8_per_token_head"), 'kv_cache_dtype="fp8_per_token_head" is not for MLA models, .* use fp8'),
         (dict(calculate_kv_scales=True), "calculate_kv_scales=True has nothing to measure .* leave the flag out"),
+        (
+            dict(kv_cache_rounding="calibrated", kv_cache_dtype="fp8"),
+            "is for keys, and MLA's cache holds latents; leave it out",
+        ),
         (dict(calculate_kv_scales=True, kv_cache_dtype="fp8"), "calculate_kv_scales=True has nothing to measure"),
     ],
     "llama": [(dict(kv_cache_dtype="fp8_ds_mla"), 'fp8_ds_mla" is for MLA models, .* use fp8 or auto')],

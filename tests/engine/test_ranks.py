@@ -25,6 +25,7 @@ from tools.planner import plan_of
 
 from octavo import LLM, SamplingParams
 from octavo.config import EngineConfig
+from octavo.convert.key_rounding import key_rounding, write_key_rounding
 from octavo.demo import MODEL_DIR
 from octavo.engine import grammar
 from octavo.engine.block_pool import BlockPool
@@ -34,6 +35,7 @@ from octavo.engine.place import Place
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.sequence import EncoderPart, Request
 from octavo.errors import OctavoError
+from octavo.files import KEY_ROUNDING
 from octavo.messages import EngineRequest, StructuredOutput
 from octavo.models import MODEL_TYPES
 from octavo.text.llguidance_grammar import serialize
@@ -314,6 +316,31 @@ def test_what_one_rank_cannot_read_no_rank_loads(ranks: dict[int, RankProcesses]
             who = "" if rank == bad else f"Rank {bad}: "
             assert re.fullmatch(who + r"model\.layers\.1\..* is torn\.", sentence), sentence
             assert old == still != new
+
+
+def rounded_keys(place: Place, path: str) -> tuple[dict[str, list[int]], torch.Tensor]:
+    """Tokens, and the codes of keys [tokens, heads, dim] that this rank has of a prompt in the first layer."""
+    options = dict(model=path, tensor_parallel_size=place.size, kv_cache_dtype="fp8", kv_cache_rounding="calibrated")
+    core = EngineCore(EngineConfig(**options | ENGINE), None, place)
+    found = token_ids(run(core, [request("0", tokens(40, seed=1), temperature=0)])[0])
+    attention = core.runner.model.attention_layers()[0]  # type: ignore[attr-defined]
+    assert attention.cache.key_rounding.order.shape == (attention.kv_heads, attention.head_dim)
+    return found, attention.cache.views["k"].view(torch.uint8).flatten(0, 1)[:40].clone()
+
+
+def test_ranks_round_keys_as_one(ranks: dict[int, RankProcesses], tmp_path: Path) -> None:
+    path = checkpoint("llama", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    count, dim = config["num_key_value_heads"], config["head_dim"]
+    queries = torch.randn(config["num_hidden_layers"], count, 2 * dim, dim) @ torch.randn(dim, dim)
+    layers = {number: key_rounding(gram) for number, gram in enumerate(queries.mT @ queries)}
+    write_key_rounding(tmp_path / "model" / KEY_ROUNDING, layers)
+    expected, codes = rounded_keys(Place(), path)
+    assert codes.any()
+    for size in SIZES:
+        found = ranks[size].run(rounded_keys, path)
+        assert [one for one, _ in found] == [expected] * size
+        assert torch.cat([part for _, part in found][:: max(1, size // count)], 1).equal(codes)
 
 
 def test_an_llm_of_two_ranks(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from octavo.cli import main
 from octavo.convert import calibration
 from octavo.convert.calibrated_layer import CalibratedLayer
+from octavo.convert.key_rounding import read_key_rounding
 from octavo.convert.output_directory import STASH
 from octavo.convert.save_quantized import save_quantized
 from octavo.demo import HELDOUT, MODEL_DIR
@@ -222,6 +223,7 @@ def test_the_command_on_the_demo_model(tmp_path: Path, capsys: pytest.CaptureFix
         for given in ((out,), (MODEL_DIR, FP8_PER_CHANNEL))
     ]
     assert kl[0] < kl[1]
+    assert [tuple(influence.shape) for influence, _ in read_key_rounding(out, range(6))] == [(2, 64, 64)] * 6
 
 
 FAULTS = {
