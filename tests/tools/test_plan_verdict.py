@@ -83,6 +83,7 @@ def test_a_flag_that_plan_takes_changes_the_plan(tmp_path: Path) -> None:
         "quantize_lm_head": (base, []),
         "quantization_config": (of_a_gpu, [str(tmp_path / "found.json")]),
         "kv_cache_dtype": (base, ["fp8"]),
+        "decode_activations": (base, ["bf16"]),
         "kv_cache_rounding": (base, ["calibrated"]),
         "calculate_kv_scales": (["DeepSeek-V3", "--accelerator", "h200"], []),
         "dtype": (base, ["float32"]),

@@ -310,7 +310,9 @@ static void NAME(round_keys)(void *argument, int64_t task) {
         }
         for (int64_t next = step + 1; next < dim; next++) { /* the others are rounded, and their influence is 0 */
             float *to = offset[order[next]];
-            for (int i = 0; i < PARTS; i++) NAME(store)(to + i * VL, NAME(load)(to + i * VL) + influence[order[next]] * moved[i]);
+            const float by = influence[order[next]];
+            if (count <= VL) NAME(store)(to, NAME(load)(to) + by * moved[0]);
+            else for (int i = 0; i < PARTS; i++) NAME(store)(to + i * VL, NAME(load)(to + i * VL) + by * moved[i]);
         }
     }
     for (int64_t t = 0; t < count; t++) {
