@@ -14,6 +14,7 @@ from octavo.batch import Span, build
 from octavo.convert.key_rounding import key_rounding
 from octavo.kvcache import KeyRounding, LayerCache, Layout, spec_for
 from octavo.ops import reference
+from octavo.ops.bound import bound
 from octavo.ops.cpu import library, native
 from octavo.platform import FP8_MAX, detect
 
@@ -114,7 +115,7 @@ def test_heads_without_a_measure_are_rounded_to_nearest() -> None:
     assert order.sort().values.equal(torch.arange(16).int().repeat(2, 1))
 
 
-def test_writers_of_the_cache_store_its_codes_and_fused_ones_are_left() -> None:
+def test_writers_of_the_cache_store_its_codes_and_fused_ones_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """`write_kv` and `rope_write_kv`, of one token and of many: a key's codes depend on the key alone. `attend` takes no
     kernel that writes keys itself, nor does `project`, and the table says why."""
     platform = detect("cpu")
@@ -146,8 +147,19 @@ def test_writers_of_the_cache_store_its_codes_and_fused_ones_are_left() -> None:
         assert codes(cache).equal(want)
         assert cache.views["v"].view(torch.uint8).equal(plain.views["v"].view(torch.uint8))
     assert not codes(plain).equal(want)
+    weights = (torch.rand(dim, generator=g) for _ in range(2))
+    turned = ops.Rope(ops.HeadNorms(*weights, 1e-5), torch.rand(1, dim, generator=g), rope.rows)
+    normed = fresh()
+    want_q, rotated_k = reference.normed_and_rotated(q, k, turned)
+    torch.testing.assert_close(ops.rope_write_kv(q, k, v, turned, normed, slots), want_q)
+    other = (ops.round_keys(rotated_k, rounding, whole.k_scale, E4M3) / 0.3).to(E4M3).view(torch.uint8)
+    assert (codes(normed) != other).float().mean() < 0.05  # norms round otherwise by a bit, and so may a tie
     batch = build([Span([1] * tokens, 0, [0])], size, platform.device)
     attended = fresh()
+    monkeypatch.setitem(bound, "attend", None)
+    monkeypatch.setitem(bound, "project", None)
+    assert ops.project(q, None, 2 * heads, rope, attended, batch, None) is None  # type: ignore[arg-type]
     ops.attend(q, k, v, rope, attended, batch, 1.0, None)
     assert codes(attended).equal(want)
-    assert "keys are rounded by what queries read" in ops.table()["attend"]
+    for op in ("attend", "project"):
+        assert "keys are rounded by what queries read" in ops.table()[op]
