@@ -46,6 +46,10 @@ class Tap:
     take: Callable[[Delta], bool] = _declined
     saw: Callable[[Delta], None] = _unseen
 
+    def close(self) -> None:
+        """Lets go of whom it called, who hold the tap: what they hold, images too, would else wait for Python's collector."""
+        self.take, self.saw = _declined, _unseen
+
 
 class DeltaQueue:
     """The deltas of a request, of all its sequences, and its error, until its one reader gets them."""
@@ -94,6 +98,9 @@ class EngineStream:
             delta = self.processor.process(output)
             if self._tapped(delta):
                 return End.NOT_YET
+        except OctavoError as error:  # the request's own, of what its answer repeats of it
+            self.queue.put(error)
+            return End.ABORT
         except Exception as error:  # an error in one stream must not cost the others their tokens
             logger.error("the tokens of a request cannot be turned into text", exc_info=error)
             self.queue.put(OctavoError("The tokens of this answer cannot be turned into text; the log says why."))

@@ -245,6 +245,8 @@ class Served:
             watch.failed()
             raise
         finally:
+            if tap is not None:
+                tap.close()
             watch.close()
             if self.log_request is not None:
                 self.log_request(request_id, watch, params, prompt)

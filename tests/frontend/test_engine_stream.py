@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable
 
 import pytest
 
-from octavo.errors import OctavoError
+from octavo.errors import InvalidRequest, OctavoError
 from octavo.frontend.engine_stream import DeltaQueue, End, EngineStream, Tap
 from octavo.frontend.outputs import Delta, OutputProcessor
 from octavo.messages import EngineRequest, SamplingParams, TokenOutput
@@ -120,3 +121,25 @@ def test_without_a_tap_the_reader_gets_all() -> None:
         request.put(1, 2)
 
     assert run(test, tapped=False).got == [("reader", [1]), ("reader", [2])]
+
+
+def test_an_error_of_the_request_is_its_readers() -> None:
+    """Not one of the server's: what a tap says of a delta, it says of the request."""
+
+    def refuse(delta: Delta) -> bool:
+        raise InvalidRequest("This cannot be echoed.")
+
+    async def test(request: Request) -> None:
+        await turns()
+        assert request.put(5) == [End.ABORT]
+
+    assert run(test, refuse).got == [("reader", "This cannot be echoed.")]
+
+
+def test_a_closed_tap_holds_nobody() -> None:
+    request = Request(lambda delta: True)
+    request.tap.take = request.tapped
+    left = weakref.ref(request)
+    request.tap.close()
+    del request
+    assert left() is None
