@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo import batch, ops
-from octavo.convert.compensated import compensated
+from octavo.convert.compensated import compensated, symmetric
 from octavo.convert.key_rounding import Rounding, key_rounding
 from octavo.convert.quantize_plan import Piece
 from octavo.convert.row_quantize import peaks, search_errors, searched_scale
@@ -121,8 +121,7 @@ class CalibratedLayer:
             if isinstance(module, Experts):
                 self._experts(path, module, seen)
             elif seen.hessian is not None:
-                upper = seen.hessian.triu_()
-                self._linear(path, module, upper + upper.triu(1).T)
+                self._linear(path, module, symmetric(seen.hessian))
         return after
 
     def _modules(self) -> dict[str, Linear | Experts]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo import ops
 from octavo.platform import FP8_MAX
 
-__all__ = ["Rounded", "compensated", "factor"]
+__all__ = ["Rounded", "compensated", "factor", "symmetric"]
 
 COLUMNS = 128  # rounded before the rest of the matrix learns of their errors
 DAMPING = 0.3  # of H's diagonal, added to it: of a small sample, what is beside it is known by each pair of inputs' own sizes
@@ -66,6 +66,13 @@ def _losses(codes: Tensor, w: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
 
 def _damping(diagonal: Tensor, part: float = DAMPING) -> Tensor:
     return part * diagonal + LEAST * diagonal.clamp_min(0).mean()
+
+
+def symmetric(gram: Tensor) -> Tensor:
+    """The whole of a sum that `ops.add_gram` made [K, K], which leaves undefined what is below the diagonal. Clears that of
+    `gram`, since a copy may be as large as a layer."""
+    upper = gram.triu_()
+    return upper + upper.triu(1).T
 
 
 def factor(hessian: Tensor, part: float = DAMPING) -> tuple[Tensor, Tensor] | None:

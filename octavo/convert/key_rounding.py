@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from octavo.convert.compensated import factor
+from octavo.convert.compensated import factor, symmetric
 from octavo.convert.output_file import write_error
 from octavo.errors import OctavoError
 from octavo.files import KEY_ROUNDING
@@ -35,8 +35,7 @@ def key_rounding(grams: Tensor) -> Rounding:
     influence = torch.zeros_like(grams)
     order = torch.arange(grams.shape[1], device=grams.device).repeat(len(grams), 1)
     for head, gram in enumerate(grams):
-        upper = gram.triu()
-        h = upper + upper.triu(1).T
+        h = symmetric(gram.clone())
         if bool(h.isfinite().all()) and (found := factor(h, DAMPING)) is not None:
             order[head] = found[0]
             influence[head][:, found[0]] = found[1]
