@@ -62,8 +62,9 @@ KV cache: fp8_ds_mla (what --kv-cache-dtype fp8 means here) and FP8 index keys, 
 
 - `auto` is the model's dtype on V3, R1 and Kimi's. On V3.2 in BF16 it is `fp8_ds_mla`, too. The keys of V3.2's indexer are
   FP8, 128 codes and a scale, whatever the latents are; with `--dtype float32` and `auto` all of it is FP32.
-- `fp8_e5m2` and `fp8_per_token_head` have no meaning for latents, and `--calculate-kv-scales` has nothing to measure: each is
-  refused in a sentence before weights are read. KV scales in a checkpoint are not used, and a note says so.
+- `fp8_e5m2`, `fp8_per_token_head` and `--kv-cache-rounding calibrated` have no meaning for latents, and `--calculate-kv-scales`
+  has nothing to measure: each is refused in a sentence before weights are read. KV scales in a checkpoint are not used, and a
+  note says so.
 - `fp8_ds_mla` on a model without MLA is refused; `fp8` is what it has.
 """
 NOTES = {

@@ -124,6 +124,7 @@ def test_the_table_says_why_a_model_has_none(changes: dict[str, Any], reason: st
     model = qwen3_moe.Model(qwen3_moe.Config.from_json(WHOLE | changes), TensorParallel(), 64)
     for layer in model.model.layers:
         layer.self_attn.o_proj.bias = torch.zeros(1) if changes.get("attention_bias") else None
+        layer.self_attn.attn.cache = layer_cache({"k": torch.empty(1, 1, 2, 16)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "_fuse", lambda *_: pytest.fail("there are no parts to fuse"))
         patch.setattr(ops, "_table", {})
