@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -25,6 +26,7 @@ class EnginePipe:
         self._incoming = dict(enumerate(map(Incoming, processes.connections)))
         for n, incoming in self._incoming.items():
             self._loop.add_reader(incoming.fileno(), self._read, n)
+            os.set_blocking(incoming.fileno(), True)  # uvloop's reader unsets it, and the thread that writes would lose messages
 
     def send(self, message: Message) -> None:
         self._outbox.put(message)
@@ -40,10 +42,10 @@ class EnginePipe:
             while (message := self._outbox.get()) is not None:
                 self._processes.send(message)
                 del message  # may hold images
-        except OSError:
+        except ConnectionError:
             pass  # the process is gone, which the reader reports
         except Exception as error:
-            self._report_death(f"A request cannot be sent to the engine ({type(error).__name__}).")
+            self._report_death(f"A request cannot be sent to the engine ({error or type(error).__name__}).")
 
     def _read(self, n: int) -> None:
         try:
