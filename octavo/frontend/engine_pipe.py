@@ -26,7 +26,7 @@ class EnginePipe:
         self._incoming = dict(enumerate(map(Incoming, processes.connections)))
         for n, incoming in self._incoming.items():
             self._loop.add_reader(incoming.fileno(), self._read, n)
-            os.set_blocking(incoming.fileno(), True)  # uvloop's reader unsets it, and the thread that writes would lose messages
+            os.set_blocking(incoming.fileno(), True)  # which uvloop unset: the thread that writes would lose messages
 
     def send(self, message: Message) -> None:
         self._outbox.put(message)
