@@ -99,7 +99,7 @@ class Pipeline:
         if self.stages.count == 1:
             return out
         told = [self._told(stage, items, rows) for stage in range(self.stages.count - 1)]
-        if out.tokens is None or not self.ahead:
+        if not self.ahead:
             self.tell(out, told)
             return out
         return _Sampled(**vars(out), pipeline=self, told=told)
@@ -156,8 +156,11 @@ class _Expected(StepTokens):
 
 @dataclass
 class _Sampled(StepTokens):
-    """Tokens that the last stage has sampled on its device: `hand_back` sends them to the first stage's, and `to_host`, when
-    this host has them, to all hosts."""
+    """The output of a step of the last stage: `hand_back` sends the tokens that it has sampled on its device to the first
+    stage's, and `to_host`, when this host has them, to all hosts.
+
+    A step that samples nothing waits, too, since hosts take what they are told in the order of steps.
+    """
 
     pipeline: Pipeline | None = None
     told: Sequence[int] = ()
@@ -172,7 +175,7 @@ class _Sampled(StepTokens):
             self._went_back = True
 
     def tell_early(self) -> bool:
-        if not self._has_told and self._copied is not None and self._copied.query():
+        if not self._has_told and (self.tokens is None or (self._copied is not None and self._copied.query())):
             self.to_host()
         return self._has_told
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import re
 import signal
 from collections import deque
@@ -11,9 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
+from conftest import tokens
 from engine.replays import capture
 from engine.test_core import ENGINE, request
 from engine.test_ranks import answers, asked, checkpoint, lives, structured
@@ -24,14 +27,19 @@ from safetensors.torch import load_file
 
 from octavo import LLM, SamplingParams, ops
 from octavo.config import EngineConfig
+from octavo.distributed import TensorParallel
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.core import EngineCore
 from octavo.engine.pipeline import Pipeline
 from octavo.engine.place import Place, Pulse
 from octavo.engine.runner import ModelRunner
+from octavo.engine.sampling_row import SamplingRow
 from octavo.engine.scheduler import Scheduler
+from octavo.engine.sequence import Request, ScheduledRequest
+from octavo.engine.step_tokens import StepTokens
 from octavo.errors import OctavoError
 from octavo.frontend.router import Replicas
+from octavo.messages import Logprob
 
 Run = Callable[..., list[Any]]
 # Models, dense, of experts, of MLA, and what shares a state beside; their splits: ranks a stage, stages.
@@ -89,6 +97,45 @@ def ahead(place: Place, *args: Any) -> Any:
         monkeypatch.setattr(ops, "capture", capture)
         monkeypatch.setattr(ops, "captures", lambda head_dim, weights, latent=False: not latent)
         return answers(place, *args)
+
+
+class Line:
+    """The stages as the last of two sees them, which keeps what is sent to the first."""
+
+    number, count, first, last = 1, 2, False, True
+
+    def __init__(self) -> None:
+        self.sent: list[list[Any]] = []
+
+    def send_numbers(self, numbers: torch.Tensor, rank: int, stage: int) -> None:
+        self.sent.append(numbers.tolist())
+
+    def send(self, tensors: Sequence[torch.Tensor], rank: int, stage: int) -> None:
+        self.sent.append([pickle.loads(bytes(one.tolist())) for one in tensors])
+
+
+def test_hosts_are_told_of_steps_in_their_order() -> None:
+    """A chunk of a prompt, whose probabilities are asked for, samples nothing; the step before it has tokens on their way."""
+    line, ahead = Line(), 64
+    last = Pipeline(cast("Any", None), TensorParallel(stages=cast("Any", line)), Pulse(), ahead=True)
+    decoded = Request(request("decoded", [5, 6], max_tokens=9), ahead)
+    asked = Request(request("asked", tokens(30), prompt_logprobs=2), ahead)
+
+    def sampled(one: Request, count: int, samples: bool, out: StepTokens) -> StepTokens:
+        row = SamplingRow(one.params, one.token_ids, one.num_prompt_tokens, 0)
+        return last.sampled(out, [ScheduledRequest(one, 0, count, samples)], [row])
+
+    tokens_out, probabilities = StepTokens(), {"asked": [(Logprob(7, -0.5, 1),)]}
+    tokens_out.put(torch.tensor([9]), ["decoded"])
+    steps = [
+        sampled(decoded, 2, True, tokens_out),
+        sampled(asked, 8, False, StepTokens(prompt_logprobs=probabilities)),
+    ]
+    assert line.sent == [], "the host may not have the first step's tokens yet"
+    assert [step.to_host() for step in steps] == [[9], []]
+    assert line.sent == [[9], [], [({}, probabilities)]]
+    assert all(step.tell_early() for step in steps)
+    assert len(line.sent) == 3, "once"
 
 
 def test_graphs_of_stages_and_tokens_that_go_back_to_the_first(ranks: Run, tmp_path: Path) -> None:
