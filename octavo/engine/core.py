@@ -156,7 +156,9 @@ class EngineCore:
         outputs: list[TokenOutput] = []
         step = self.in_flight[0] if self.in_flight else self._launch(outputs)
         while len(self.in_flight) < self.depth and not step.synchronous:
-            if not self._launch(outputs).schedule.items:  # the next step may depend on the tokens of `step`
+            further = self._launch(outputs).schedule
+            if not further.items:  # the next step may depend on the tokens of `step`
+                step.schedule.report(further)
                 break
         if self.in_flight and self.in_flight[0] is step:
             self.in_flight.popleft()

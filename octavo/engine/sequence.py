@@ -131,6 +131,14 @@ class SchedulerOutput:
         """The items that sample a token, in the order that `Scheduler.update` takes them."""
         return [item for item in self.items if item.samples]
 
+    def report(self, empty: SchedulerOutput) -> None:
+        """Counts what scheduling `empty`, which has no items and is no step, changed: it may have started a request whose image
+        is not encoded yet."""
+        self.preempted += empty.preempted
+        self.started += empty.started
+        self.prefix_queries += empty.prefix_queries
+        self.prefix_hits += empty.prefix_hits
+
 
 class NewToken(NamedTuple):
     """A token of one request. stop_reason is the stop token that ended the request; None for EOS."""

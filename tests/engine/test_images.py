@@ -239,6 +239,19 @@ def test_an_image_larger_than_the_cache_fails_alone(make: Any) -> None:
     assert len(token_ids({"text": outputs["text"]})["text"]) == 12
 
 
+def test_a_request_that_starts_with_an_image_in_parts_is_counted(make: Any) -> None:
+    """Beside the last token of another, on the device: there is no step then, as the image is not encoded yet."""
+    core = make("qwen3_vl")
+    core.depth, core.scheduler.image_tokens = 2, 2
+    core.add(prompt("text", [20, 21, 22], max_tokens=2))
+    found = [core.step()[1]]
+    core.add(prompt("large", [IMAGE, 12, 13], image("qwen3_vl", 5, 6, 8)))
+    while core.has_work():
+        found.append(core.step()[1])
+    assert [name for stats in found for name in stats.scheduled_first] == ["text", "large"]
+    assert sum(stats.prefix_cache_queries for stats in found) == 3 + 2 + 12
+
+
 @pytest.mark.parametrize("family", SIDES)
 def test_an_image_encoded_in_parts_is_the_same(family: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 12 tokens, two a step; a request of text goes on meanwhile, and an aborted image leaves nothing."""
