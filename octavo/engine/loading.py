@@ -246,11 +246,11 @@ def _check_room(
     """Raises OctavoError where the matrices cannot fit: those of the files, or those that dummy weights would be."""
     if isinstance(source, SafetensorsSource):
         stored = any(t.dtype.startswith("F8") or t.dtype == "I32" for t in source.checkpoint.tensors.values())
-        sizes = MatrixSizes(source.checkpoint.matrix_values(), source.checkpoint.packed_bytes())
-    else:
+        sizes, ranks = MatrixSizes(source.checkpoint.matrix_values(), source.checkpoint.packed_bytes()), tp.engine.size
+    else:  # the model has this stage's matrices alone
         stored = source.stored_format is not None
-        sizes = matrix_sizes(cast("nn.Module", model), source.stored_format, QuantRules(), platform)
-    values, packed = (n if platform.is_cpu else n // tp.size for n in (sizes.values, sizes.packed_bytes))  # a CPU has all ranks
+        sizes, ranks = matrix_sizes(cast("nn.Module", model), source.stored_format, QuantRules(), platform), tp.size
+    values, packed = (n if platform.is_cpu else n // ranks for n in (sizes.values, sizes.packed_bytes))  # a CPU has all ranks
     check_weights(platform, values, packed, fp8=scheme.dtype is WeightDType.FP8 or stored)
 
 

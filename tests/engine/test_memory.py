@@ -18,10 +18,16 @@ from conftest import COMMON
 
 from octavo import LLM
 from octavo.config import EngineConfig
+from octavo.demo import MODEL_DIR
+from octavo.distributed import TensorParallel
 from octavo.engine.core import EngineCore
+from octavo.engine.loading import _check_room
 from octavo.engine.memory import GIB, check_weights, gib, length_held, plan_blocks
 from octavo.errors import OctavoError
 from octavo.platform import Platform
+from octavo.quant import BF16
+from octavo.stages import Stages
+from octavo.weights import SafetensorsSource
 
 
 @dataclass(frozen=True)
@@ -276,6 +282,17 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_read():
         check_weights(cuda(free=18), 19 << 30, fp8=True)
     with pytest.raises(OctavoError, match=r"38\.00 GiB.*use --quantization ptpc_fp8"):
         check_weights(cuda(free=20), 19 << 30, fp8=False)
+
+
+def test_a_stage_of_a_pipeline_needs_room_for_its_part():
+    """A checkpoint that no single device holds, and two do."""
+    source = SafetensorsSource(MODEL_DIR)
+    stage = TensorParallel(everyone=TensorParallel(0, 2), stages=Stages(0, 2))
+    device = cuda(free=2 * 0.6 * source.checkpoint.matrix_values() / GIB)
+    _check_room(None, source, device, BF16, stage)
+    with pytest.raises(OctavoError, match="the weights alone would take"):
+        _check_room(None, source, device, BF16, TensorParallel())
+    source.close()
 
 
 FREED = """
