@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
+from pathlib import Path
 
 __all__ = ["has_accelerator", "keep", "memory", "release"]
 
 ACCELERATORS = "/dev/nvidiactl", "/dev/kfd"  # through which the drivers of GPUs are reached
 
+CGROUP = Path("/sys/fs/cgroup")
+# A container's limit, what it uses, and in memory.stat the prefix of what the whole group has: cgroups version 2, then 1.
+_GROUPS = ("memory.max", "memory.current", ""), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_")
+
 
 def memory() -> tuple[int, int]:
     """Free and total memory in bytes: of the machine, or of its container if that has less."""
-    with open("/proc/meminfo") as file:
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
-    total, free = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if os.path.exists(path):
-            with open(path) as file:
-                limit = file.read().strip()
-            if limit.isdigit() and int(limit) < total:
-                total = int(limit)
-                free = min(free, total)
+    kib = _numbers(Path("/proc/meminfo"))
+    total, free = kib["MemTotal:"] * 1024, kib["MemAvailable:"] * 1024
+    for limit_file, used_file, prefix in _GROUPS:
+        with suppress(OSError, ValueError):  # no such group, or no limit, which is "max"
+            if (limit := int((CGROUP / limit_file).read_text())) < total:
+                total, free = limit, min(free, limit)
+                used, stat = int((CGROUP / used_file).read_text()), _numbers((CGROUP / used_file).with_name("memory.stat"))
+                cached = sum(stat.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))  # gives way to others
+                free = max(0, min(free, limit - used + cached))
     return free, total
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The first number of each line of a file, by the word before it."""
+    return {words[0]: int(words[1]) for words in map(str.split, path.read_text().splitlines())}
 
 
 def has_accelerator() -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import octavo
-from octavo import platform
+from octavo import host, platform
 from octavo.errors import OctavoError
 from octavo.platform import Platform, detect, threads_on
 
@@ -95,3 +95,26 @@ def test_threads_begin_on_the_device_of_their_rank(monkeypatch: pytest.MonkeyPat
     files = [path for folder in ("ops", "weights", "layers", "models") for path in (root / folder).rglob("*.py")]
     assert len(files) > 50
     assert [path for path in files if "ThreadPoolExecutor" in path.read_text()] == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "used", "prefix"),
+    [(".", "memory.max", "memory.current", ""), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")],
+    ids=["version 2", "version 1"],
+)
+def test_a_container_has_what_its_limit_leaves(
+    folder: str, limit: str, used: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its page cache counts as free, as the machine's does."""
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
+    machine = host.memory()
+    group, mib = tmp_path / folder, 1 << 20
+    group.mkdir(exist_ok=True)
+    (group / used).write_text(f"{90 * mib}\n")
+    (group / "memory.stat").write_text(f"anon 1\n{prefix}inactive_file {20 * mib}\n{prefix}active_file {10 * mib}\nfile 7\n")
+    for written, expected in ((str(100 * mib), (40 * mib, 100 * mib)), (str(50 * mib), (0, 50 * mib))):
+        (group / limit).write_text(f"{written}\n")
+        assert host.memory() == expected
+    for unlimited in ("max", str(1 << 62)):
+        (group / limit).write_text(f"{unlimited}\n")
+        assert host.memory()[1] == machine[1]
