@@ -135,7 +135,7 @@ def _larger(config: EngineConfig, platform: Platform, have: float) -> str:
     if config.kv_cache_memory_bytes is not None:
         return f"raise --kv-cache-memory-bytes (now {config.kv_cache_memory_bytes})"
     if platform.is_cpu:
-        return f"raise --cpu-kv-cache-gib (now {have / GIB:.2f})"
+        return f"raise --cpu-kv-cache-gib (now {have * config.devices_here / GIB:.2f})"  # of all ranks
     return f"raise --gpu-memory-utilization (now {config.gpu_memory_utilization:g}) or --tensor-parallel-size"
 
 

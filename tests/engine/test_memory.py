@@ -164,6 +164,12 @@ def test_what_does_not_fit(platform, options, parts):
             plan(platform, length + 1, **options | dict(max_model_len=length + 1))
 
 
+def test_ranks_of_a_cpu_share_the_cache_that_is_asked_for():
+    """What is said of it is the flag's value, not one rank's part."""
+    with pytest.raises(OctavoError, match=r"but 2\.00 GiB of .* raise --cpu-kv-cache-gib \(now 4\.00\)"):
+        plan(cpu(), 65_536, max_model_len=65_536, cpu_kv_cache_gib=4, tensor_parallel_size=2)
+
+
 def test_fp8_is_not_advised_to_those_who_have_it():
     with pytest.raises(OctavoError) as caught:
         plan(cpu(), 65_536, max_model_len=65_536, kv_cache_dtype="fp8")
