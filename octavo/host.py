@@ -10,7 +10,6 @@ from pathlib import Path
 __all__ = ["has_accelerator", "keep", "memory", "release"]
 
 ACCELERATORS = "/dev/nvidiactl", "/dev/kfd"  # through which the drivers of GPUs are reached
-
 CGROUP = Path("/sys/fs/cgroup")
 # A container's limit, what it uses, and in memory.stat the prefix of what the whole group has: cgroups version 2, then 1.
 _GROUPS = ("memory.max", "memory.current", ""), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_")

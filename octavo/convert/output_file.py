@@ -53,7 +53,10 @@ class OutputFile:
             return False
 
     def open(self) -> None:
-        self._descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            self._descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        except OSError as error:
+            raise write_error(error, self.path, self.nbytes) from None
         self._write(0, memoryview(self.header))
 
     def write(self, name: str, start: int, data: Tensor) -> None:

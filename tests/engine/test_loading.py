@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -202,6 +204,20 @@ def test_a_broken_off_save_is_not_taken_for_whole(
     assert said(llm, "quantized weights saved")
     assert all((out / name).stat().st_mtime_ns == ns for name, ns in times.items())  # continued, not begun anew
     assert logprobs(llm) == logprobs(start(model))
+
+
+def test_a_disk_that_takes_no_file_gets_one_sentence(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have bytes left and no inodes."""
+    opened = os.open
+
+    def full(path: Any, *args: Any, **kwargs: Any) -> int:
+        if str(path).endswith(".safetensors.partial"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(OctavoError, match=r"^the disk is full: .*model.*\.safetensors needs [\d,]+ bytes"):
+        start(model, out=tmp_path / "saved")
 
 
 def other_weights(model: Path, out: Path) -> None:
