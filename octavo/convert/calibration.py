@@ -85,8 +85,8 @@ class Stash:
     def states(self, count: int) -> list[State]:
         """Of every batch, behind `count` layers."""
         with safe_open(self.folder / f"state-{count:04d}.safetensors", "pt") as file:
-            found = int(file.metadata()["states"])
-            return [_state({name: file.get_tensor(name) for name in file.keys()}, i) for i in range(found)]  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return [_state(tensors, i) for i in range(int(file.metadata()["states"]))]
 
     def put(self, number: int, layer: CalibratedLayer, states: Sequence[State]) -> None:
         """Keeps what layer `number` gave. Whoever is stopped in between computes the layer again."""
