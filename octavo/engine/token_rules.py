@@ -47,8 +47,7 @@ class TokenRules:
     def forbid_end(self, logits: Tensor) -> None:
         """Forbids in place the tokens that would end the request (EOS and stop tokens)."""
         if "end" not in self._tensors:
-            known = [token for token in self._end_tokens if 0 <= token < len(logits)]
-            self._tensors["end"] = to_device(known, torch.int64, logits.device)
+            self._tensors["end"] = to_device(_known(self._end_tokens, logits), torch.int64, logits.device)
         logits.index_fill_(0, self._tensors["end"], float("-inf"))
 
     def forbid(self, logits: Tensor, state: int) -> None:
@@ -59,7 +58,7 @@ class TokenRules:
         if end := self.automaton.end(state):
             if end not in self._tensors:
                 completing = [token for tokens in self.automaton.all_ended(end) for token in self._last[tuple(tokens)]]
-                self._tensors[end] = to_device(completing, torch.int64, logits.device)
+                self._tensors[end] = to_device(_known(completing, logits), torch.int64, logits.device)
             logits.index_fill_(0, self._tensors[end], float("-inf"))
 
     def _never(self, logits: Tensor) -> Tensor:
@@ -67,8 +66,13 @@ class TokenRules:
         if self._allowed is not None:
             mask.fill_(True)
             mask[torch.tensor(self._allowed, dtype=torch.int64)] = False
-        mask[torch.tensor(self._single, dtype=torch.int64)] = True
+        mask[torch.tensor(_known(self._single, logits), dtype=torch.int64)] = True
         return mask.to(logits.device)
+
+
+def _known(tokens: Sequence[int], logits: Tensor) -> list[int]:
+    """Those of `tokens` that the model has: a tokenizer may have more, and a client may name any to stop at."""
+    return [token for token in tokens if 0 <= token < len(logits)]
 
 
 class BadWords:

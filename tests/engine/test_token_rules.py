@@ -47,6 +47,14 @@ def test_a_bad_word_of_several_tokens_loses_its_last_one(llm):
     assert banned.token_ids[1] != second
 
 
+def test_a_bad_word_of_tokens_that_the_model_does_not_have():
+    """A tokenizer with added tokens has more than config.json counts. No such token is ever sampled."""
+    rules = TokenRules(SamplingParams(), bad_words=[(9,), (3,), (1, 8), (1, 2)])
+    logits = torch.zeros(8)
+    BadWords(rules).forbid(logits, [5, 1], 1)
+    assert logits.isinf().nonzero().flatten().tolist() == [2, 3]
+
+
 def test_only_allowed_tokens(llm):
     for params in (dict(), dict(temperature=1, seed=3, top_k=5), dict(frequency_penalty=1.0)):
         assert set(generated(llm, allowed_token_ids=[70, 71], ignore_eos=True, **params).token_ids) <= {70, 71}
