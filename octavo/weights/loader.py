@@ -135,8 +135,9 @@ class Loader:
 
         They are quantized one by one as they are read. A module that is excluded is excluded for every expert.
         """
-        others = [f"{self.prefix}{e}." for e in range(count) if e not in local]  # which other ranks read
-        self.seen.update(name for name in self.source.names if name.startswith(tuple(others)))
+        others, start = {str(e) for e in range(count) if e not in local}, len(self.prefix)  # which other ranks read
+        own = (name for name in self.source.names if others and name.startswith(self.prefix))
+        self.seen.update(name for name in own if name[start:].partition(".")[0] in others)
         made, stored = [Stacker(len(local), self.prefix.removesuffix(".")) for _ in stacks], [0] * len(stacks)
         schemes = [
             self.rules.scheme_for([f"{self.prefix}{e}.{name}" for e in range(count) for name in stack.names])
