@@ -12,19 +12,19 @@ from octavo.errors import OctavoError
 __all__ = ["bound", "bound_for", "check_device"]
 
 bound: dict[str, Callable[..., Any]] = {}  # by the op's name
-_devices: set[str] = set()  # the kind of device that `bound` is for, as torch names it
+_device = ""  # the kind of device that `bound` is for, as torch names it
 
 
 def bound_for(device: torch.device) -> None:
     """`bound` is from now on for this kind of device."""
-    _devices.clear()
-    _devices.add(device.type)
+    global _device
+    _device = device.type
 
 
 def check_device(device: torch.device) -> None:
     """Raises OctavoError where `bound` is for another kind of device, whose kernels would be given this one's addresses."""
-    if device.type not in _devices:
+    if device.type != _device:
         raise OctavoError(
-            f"another model was started on {', '.join(_devices)} in this process after this one on {device.type}; the two need "
-            f"processes of their own"
+            f"another model was started on {_device} in this process after this one on {device.type}; the two need processes "
+            "of their own."
         )
