@@ -116,11 +116,13 @@ def test_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
     cache, _, q = scene([(99, 1)], 32, 4)
     k, angles = q[:, :4], torch.zeros(100, 128)
 
-    def reason(q: torch.Tensor = q, angles: torch.Tensor = angles, longest: int = 100, window: int | None = None) -> str | None:
-        return few_requests.refusal(q, k, k, Rope(None, angles, torch.zeros(1)), cache, longest, window)
+    def reason(
+        q: torch.Tensor = q, angles: torch.Tensor = angles, splits: int | None = 1, window: int | None = None
+    ) -> str | None:
+        return few_requests.refusal(q, k, k, Rope(None, angles, torch.zeros(1)), cache, splits, window)
 
     assert reason() is None
-    assert "4096 tokens" in str(reason(longest=5000))
+    assert "4096 tokens" in str(reason(splits=None))
     assert "more than 8 query heads" in str(reason(q=torch.cat((q, q), 1)))
     assert "not rotated" in str(reason(angles=angles[:, :64]))
     assert "adjacent" in str(reason(q=q.transpose(0, 1).reshape(1, 128, 32).transpose(1, 2)))

@@ -45,9 +45,11 @@ def splits_of(pairs: int, longest: int) -> int | None:
     return None if splits is None or pairs * splits > launch.device_units() // 2 else splits
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, longest: int, window: int | None) -> str | None:
-    """None, or the reason why few_requests_attention.cu does not attend to this cache."""
-    if splits_of(q.shape[0] * cache.views["k"].shape[2], longest) is None:
+def refusal(
+    q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, splits: int | None, window: int | None
+) -> str | None:
+    """None, or the reason why few_requests_attention.cu does not attend to this cache. splits: as `splits_of` says."""
+    if splits is None:
         return f"more CTAs than half of the multiprocessors, or contexts of more than {SPLITS[-1] * HELD * BLOCK} tokens"
     if q.shape[1] > MAX_GROUP * cache.views["k"].shape[2]:
         return f"more than {MAX_GROUP} query heads of a KV head"
@@ -69,11 +71,12 @@ def attend(
 
     The row of a request without a context becomes zeros.
     """
-    if (reason := refusal(q, k, v, rope, cache, longest, window)) is not None:
+    splits = splits_of(len(q) * k.shape[1], longest)
+    if (reason := refusal(q, k, v, rope, cache, splits, window)) is not None:
         KERNELS.refused(reason)
         return None
-    splits = splits_of(len(q) * k.shape[1], longest)
-    if splits is None or (kernel := KERNELS.kernel((splits,), q.device)) is None:
+    assert splits is not None, "refusal asks for it"
+    if (kernel := KERNELS.kernel((splits,), q.device)) is None:
         return None
     out, keys, (norms, cos_sin, rows) = torch.empty(q.shape, dtype=q.dtype, device=q.device), cache.views["k"], rope
     kv_heads = keys.shape[2]
