@@ -43,7 +43,7 @@ def main() -> None:
         )  # fmt: skip
         runner = ModelRunner(config)
     model, block = runner.model.model, runner.block_size
-    if not (decoders := model.fused):
+    if (decoder := model.fused) is None:
         sys.exit(f"steps go op by op here: {ops.table()}")
     parts = runner.model.parts()
     assert not isinstance(parts, str), parts
@@ -58,14 +58,13 @@ def main() -> None:
             each = -(-context // block)
             spans = [Span([5], context - 1, range(i * each, (i + 1) * each)) for i in range(requests)]
             batch = runner._batch(spans)
-            model.fused = ()
+            model.fused = None
             many = in_graph([partial(runner.forward, batch)], 1, ROUNDS)
-            for decoder in decoders:
-                if decoder.takes(requests, context):
-                    model.fused = (decoder,)
-                    one = in_graph([partial(runner.forward, batch)], 1, ROUNDS)
-                    row = f"{requests:8} {context:8} {many:14,.0f} {one:11,.0f} {many / one:7.2f}"
-                    print(f"{row} {100 * copied / one:16.0f}%   {decoder.name}", flush=True)
+            if decoder.takes(requests, context):
+                model.fused = decoder
+                one = in_graph([partial(runner.forward, batch)], 1, ROUNDS)
+                row = f"{requests:8} {context:8} {many:14,.0f} {one:11,.0f} {many / one:7.2f}"
+                print(f"{row} {100 * copied / one:16.0f}%   {decoder.name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,17 +23,13 @@ BIASED = "a bias of attention's output or of an MLP"  # why a model's steps are 
 class DenseDecoder(Decoder):
     """A decoder that computes some decode steps with a fused kernel instead of op by op."""
 
-    fused: tuple[FusedDecoder, ...] = ()  # in order of preference: the first that supports a step computes it
-
-    def fused_for(self, requests: int, longest: int) -> FusedDecoder | None:
-        """The fused decoder for `requests` single tokens with contexts up to `longest`; None: run the layers one by one."""
-        return next((fused for fused in self.fused if fused.takes(requests, longest)), None)
+    fused: FusedDecoder | None = None
 
     def run_layers(self, batch: ForwardBatch, state: ModelInput | StageState) -> tuple[ops.Product, Tensor | None]:
-        single = self.fused and not state.extras and max(batch.query_lens) == 1
-        if single and (fused := self.fused_for(len(batch.query_lens), max(batch.context_lens))):
-            return fused(state.x + state.residual if isinstance(state, StageState) else state.x, batch), None
-        return super().run_layers(batch, state)
+        fused, lens = self.fused, batch.query_lens
+        if fused is None or state.extras or max(lens) > 1 or not fused.takes(len(lens), max(batch.context_lens)):
+            return super().run_layers(batch, state)
+        return fused(state.x + state.residual if isinstance(state, StageState) else state.x, batch), None
 
 
 class FusedLM(CausalLM):
@@ -46,14 +42,16 @@ class FusedLM(CausalLM):
 
     def fuse(self, platform: Platform) -> None:
         carried = any(layer.cache.key_rounding is not None for layer in self.attention_layers())
-        self.model.fused = tuple(ops.fuse(ops.CARRIED if carried else self.parts(), platform))
+        self.model.fused = ops.fuse(ops.CARRIED if carried else self.parts(), platform)
 
     def unfuse(self) -> None:
-        self.model.fused = ()
+        self.model.fused = None
 
     def graph_key(self, requests: int, longest: int) -> Hashable:
-        key, fused = super().graph_key(requests, longest), self.model.fused_for(requests, longest)
-        return key if fused is None else (fused.variant(requests, longest), key)
+        key, fused = super().graph_key(requests, longest), self.model.fused
+        if fused is None or not fused.takes(requests, longest):
+            return key
+        return fused.variant(requests, longest), key
 
     def parts(self) -> DecoderParts | MixtureParts | str:
         """The layers for a megakernel that computes all of them, or the reason why its types cannot express them."""

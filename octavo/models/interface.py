@@ -174,7 +174,7 @@ class FusedModel(Protocol):
     """A model that can compute some decode steps with fused kernels."""
 
     def fuse(self, platform: Platform) -> None:
-        """Makes the fused decoders. Called once, after the caches are bound and their scales set."""
+        """Makes the fused decoder, if there is one. Called once, after the caches are bound and their scales set."""
 
     def unfuse(self) -> None:
         """Drops what `fuse` made, which holds references to weights and caches."""

@@ -98,7 +98,7 @@ _compile_ahead: Callable[[], AbstractContextManager[None]] = ahead.mode
 _compile_elsewhere: Callable[[Any], None] = _to_none
 _capture: Callable[..., Any] | None = None
 _captures: Callable[[int, Iterable[PackedWeight | PackedStack], bool], bool]
-_fuse: Callable[[DecoderParts | MixtureParts, Platform], dict[str, FusedDecoder | str]] | None = None
+_fuse: Callable[[DecoderParts | MixtureParts, Platform], FusedDecoder | str] | None = None
 _linear: list[LinearImplementation] = []
 _stacks: list[StackImplementation] = []
 _table: dict[str, str] = {}
@@ -183,17 +183,16 @@ def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None
     return replay, out, pool
 
 
-def fuse(parts: DecoderParts | MixtureParts | str, platform: Platform) -> list[FusedDecoder]:
-    """Megakernel decoders for decode steps of few requests, if this platform has any that take these layers.
+def fuse(parts: DecoderParts | MixtureParts | str, platform: Platform) -> FusedDecoder | None:
+    """The megakernel decoder for decode steps of few requests, if this platform has one that takes these layers.
 
-    The list is ordered: the first decoder that takes a step is the fastest. parts: or the reason why there can be none.
+    parts: or the reason why there can be none.
     """
-    made: dict[str, FusedDecoder | str] = {}
-    if _fuse is not None:
-        made = {"decode steps of few requests": parts} if isinstance(parts, str) else _fuse(parts.at(FEW_TOKENS), platform)
-    for steps, decoder in made.items():
-        _table[steps] = f"op by op: {decoder}" if isinstance(decoder, str) else decoder.name
-    return [decoder for decoder in made.values() if not isinstance(decoder, str)]
+    if _fuse is None:
+        return None
+    made = parts if isinstance(parts, str) else _fuse(parts.at(FEW_TOKENS), platform)
+    _table["decode steps of few requests"] = f"op by op: {made}" if isinstance(made, str) else made.name
+    return None if isinstance(made, str) else made
 
 
 def table() -> dict[str, str]:

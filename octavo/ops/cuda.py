@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from types import ModuleType
 
 from octavo.ops import gpu, hopper
 from octavo.ops.contract import DecoderParts, FusedDecoder, MixtureParts
@@ -106,17 +104,13 @@ def _compile_for_cache(parts: DecoderParts | MixtureParts, platform: Platform) -
             kernels.configure(platform)
 
 
-def fuse(parts: DecoderParts | MixtureParts, platform: Platform) -> dict[str, FusedDecoder | str]:
-    """Kind of decode step -> its megakernel decoder, or the reason why the step runs op by op."""
-
-    def make(module: ModuleType, decoder: Callable[..., FusedDecoder]) -> FusedDecoder | str:
-        try:
-            return module.refusal(parts, platform) or decoder(parts, platform)
-        except NoKernel as error:
-            log.warning("decode steps of few requests go op by op: %s", error)
-            return str(error).splitlines()[0]
-
+def fuse(parts: DecoderParts | MixtureParts, platform: Platform) -> FusedDecoder | str:
+    """The megakernel decoder for decode steps of few requests, or the reason why these run op by op."""
     _compile_for_cache(parts, platform)
-    if isinstance(parts, MixtureParts):
-        return {"decode steps of few requests": make(moe_decode, moe_decode.MoeMegakernels)}
-    return {"decode steps of few requests": make(layer_megakernel, layer_megakernel.LayerMegakernels)}
+    try:
+        if isinstance(parts, MixtureParts):
+            return moe_decode.refusal(parts, platform) or moe_decode.MoeMegakernels(parts, platform)
+        return layer_megakernel.refusal(parts, platform) or layer_megakernel.LayerMegakernels(parts, platform)
+    except NoKernel as error:
+        log.warning("decode steps of few requests go op by op: %s", error)
+        return str(error).splitlines()[0]

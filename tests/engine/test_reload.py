@@ -340,8 +340,8 @@ def test_a_woken_engine_has_the_blocks_that_fit_then(models: list[Path]) -> None
 
 def test_sleep_forgets_what_fused_decoding_holds(models: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     made = SimpleNamespace(takes=lambda requests, longest: False)
-    monkeypatch.setattr(ops, "fuse", lambda parts, platform: [made])
+    monkeypatch.setattr(ops, "fuse", lambda parts, platform: made)
     core = load(models[0])._core
-    assert core.runner.model.model.fused == (made,)  # type: ignore[attr-defined]
+    assert core.runner.model.model.fused is made  # type: ignore[attr-defined]
     core.sleep()
-    assert core.runner.model.model.fused == ()  # type: ignore[attr-defined]
+    assert core.runner.model.model.fused is None  # type: ignore[attr-defined]

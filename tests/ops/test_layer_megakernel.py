@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,22 +99,35 @@ def test_what_it_is_not_for(arch: str, changes: dict[str, Any], reason: str | No
     assert found is None if reason is None else reason in (found or "")
 
 
-def test_the_first_that_takes_a_step_computes_it() -> None:
-    """Few requests: two launches a layer; many: op by op."""
+def test_steps_that_it_takes_are_computed_by_it() -> None:
+    """Few requests: two launches a layer; many, prompts and those that images bring something to: op by op."""
     from octavo.distributed import TensorParallel
     from octavo.models.common import LayerStack
     from octavo.models.config import ConfigBase
     from octavo.models.dense import DenseDecoder
+    from octavo.models.interface import ModelInput
+
+    class Fused(Between):
+        def __init__(self) -> None:
+            self.columns = layer_megakernel.COLUMNS
+
+        def __call__(self, x: Tensor, batch: Any) -> Tensor:
+            return x + 1
 
     sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
     config = ConfigBase(vocab_size=8, head_dim=64, max_position_embeddings=8, **sizes)
-    model = DenseDecoder(config, TensorParallel(), LayerStack(range(0), lambda _: torch.nn.Identity()))
-    assert model.fused_for(1, 1) is None
-    few = Between.__new__(Between)
-    model.fused = (few,)
-    most = layer_megakernel.MAX_TOKENS
-    steps = {(1, 700): few, (1, 5000): few, (2, 700): few, (most, 1): few, (most + 1, 1): None}
-    assert {step: model.fused_for(*step) for step in steps} == steps
+    model: Any = DenseDecoder(config, TensorParallel(), LayerStack(range(0), lambda _: torch.nn.Identity()))
+
+    def fused(requests: int, longest: int, tokens: int = 1, *extras: Tensor) -> bool:
+        batch = SimpleNamespace(query_lens=[1] * (requests - 1) + [tokens], context_lens=[longest] * requests)
+        x, residual = model.run_layers(batch, ModelInput(torch.zeros(1), extras))
+        assert residual is None
+        return bool(x == 1)
+
+    assert not fused(1, 1)
+    model.fused, most = Fused(), layer_megakernel.MAX_TOKENS
+    assert all(fused(*step) for step in ((1, 700), (1, 5000), (2, 700), (most, 1)))
+    assert not any(fused(*step) for step in ((most + 1, 1), (2, 700, 2), (1, 700, 1, torch.zeros(1))))
 
 
 def test_what_one_token_has_a_variant_for() -> None:
@@ -158,7 +172,8 @@ def decoder_of(directory: Path, shape: dict[str, Any], scheme: str = "ptpc_fp8")
         enforce_eager=True, max_model_len=2048, kv_cache_memory_bytes=1 << 30, max_num_seqs=64,
     )  # fmt: skip
     runner = ModelRunner(config)
-    (found,) = (one for one in runner.model.model.fused if isinstance(one, Between))
+    found = runner.model.model.fused
+    assert isinstance(found, Between)
     return runner, found
 
 
@@ -394,11 +409,11 @@ def check_whole_steps(runner: Any, fused: Any, numbers: Sequence[int]) -> None:
     for requests in numbers:
         ids = torch.randint(512, (requests, 40)).tolist()
         blocks = [range(i * 2, i * 2 + 2) for i in range(requests)]
-        runner.model.model.fused = ()
+        runner.model.model.fused = None
         runner.forward(runner._batch([Span(one[:-1], 0, own) for one, own in zip(ids, blocks, strict=True)]))
         batch = runner._batch([Span(one[-1:], 39, own) for one, own in zip(ids, blocks, strict=True)])
         want = runner.forward(batch)
-        runner.model.model.fused = (fused,)
+        runner.model.model.fused = fused
         first = runner.forward(batch)
         assert all(torch.equal(runner.forward(batch), first) for _ in range(30))
         assert error(first, want) < 0.15

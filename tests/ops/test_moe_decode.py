@@ -130,7 +130,7 @@ def test_the_table_says_why_a_model_has_none(changes: dict[str, Any], reason: st
         patch.setattr(ops, "_table", {})
         model.fuse(detect())
         assert reason in ops.table()["decode steps of few requests"]
-    assert model.model.fused == ()
+    assert model.model.fused is None
 
 
 def decoder_of(directory: Path, shape: dict[str, Any], scheme: str) -> tuple[Any, MoeMegakernels]:
@@ -141,8 +141,7 @@ def decoder_of(directory: Path, shape: dict[str, Any], scheme: str) -> tuple[Any
         device="cuda", enforce_eager=True, max_model_len=2048, kv_cache_memory_bytes=1 << 28, max_num_seqs=64,
     )  # fmt: skip
     runner = ModelRunner(config)
-    (found,) = runner.model.model.fused
-    return runner, found
+    return runner, runner.model.model.fused
 
 
 def codes(x: Tensor, w: Any) -> Tensor:
