@@ -12,7 +12,7 @@ from octavo.batch import ForwardBatch
 from octavo.layers.attention import PagedAttention
 from octavo.models.common import CausalLM, Decoder, LayerStack
 from octavo.models.interface import ModelInput, StageState
-from octavo.ops import DecoderParts, FusedDecoder, LayerParts, MixtureParts
+from octavo.ops import DecoderParts, DenseParts, FusedDecoder, LayerParts, MixtureParts, PackedWeight
 from octavo.platform import Platform
 
 __all__ = ["BIASED", "DenseDecoder", "DenseLM", "FusedLM"]
@@ -53,7 +53,7 @@ class FusedLM(CausalLM):
             return key
         return fused.variant(requests, longest), key
 
-    def parts(self) -> DecoderParts | MixtureParts | str:
+    def parts(self) -> DenseParts | MixtureParts | str:
         """The layers for a megakernel that computes all of them, or the reason why its types cannot express them."""
         raise NotImplementedError
 
@@ -61,8 +61,8 @@ class FusedLM(CausalLM):
 class DenseLM(FusedLM):
     """A dense decoder and its head."""
 
-    def parts(self) -> DecoderParts | str:
-        found: list[LayerParts] = []
+    def parts(self) -> DenseParts | str:
+        found: list[LayerParts[PackedWeight]] = []
         layers: list[Any] = list(self.model.layers)  # of any architecture; the attributes have Hugging Face's names
         for layer in layers:
             a, mlp = layer.self_attn, layer.mlp

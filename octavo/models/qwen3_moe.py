@@ -18,7 +18,7 @@ from octavo.layers.rope import RotaryEmbedding
 from octavo.models import qwen3
 from octavo.models.config import check_experts, expert_activations
 from octavo.models.dense import BIASED, FusedLM
-from octavo.ops import ExpertLayerParts, MixtureParts, Product, Router
+from octavo.ops import DecoderParts, ExpertLayerParts, MixtureParts, Product, Router
 
 __all__ = ["Config", "Model"]
 
@@ -94,7 +94,7 @@ class Model(FusedLM):
             )  # fmt: skip
             found.append(part)
         c, attn = self.config, a.attn
-        return MixtureParts(
+        return DecoderParts(
             found, attn.rotary.cos_sin, c.hidden_size, c.moe_intermediate_size, attn.heads, attn.kv_heads, attn.head_dim,
             attn.scale, c.rms_norm_eps, self.tp.size,
         )  # fmt: skip

@@ -29,6 +29,7 @@ from octavo.ops.contract import (
     Activation,
     CodeFormat,
     DecoderParts,
+    DenseParts,
     Dispatch,
     ExpertLayerParts,
     Filters,
@@ -70,8 +71,8 @@ from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
-    "CARRIED", "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "Dispatch", "ExpertLayerParts", "Filters",
-    "FusedDecoder", "HeadNorms", "LayerParts", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product",
+    "CARRIED", "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "DenseParts", "Dispatch", "ExpertLayerParts",
+    "Filters", "FusedDecoder", "HeadNorms", "LayerParts", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product",
     "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Segments", "Uncombined", "Unscaled", "Unsummed",
     "absorbed_queries", "add_gram", "all_gather", "all_reduce", "all_reduce_norm_quantize", "argmax", "argmax_over_ranks",
     "attend", "attention", "bind", "capture", "captures", "captures_segments", "combine", "compile_ahead",
@@ -98,7 +99,7 @@ _compile_ahead: Callable[[], AbstractContextManager[None]] = ahead.mode
 _compile_elsewhere: Callable[[Any], None] = _to_none
 _capture: Callable[..., Any] | None = None
 _captures: Callable[[int, Iterable[PackedWeight | PackedStack], bool], bool]
-_fuse: Callable[[DecoderParts | MixtureParts, Platform], FusedDecoder | str] | None = None
+_fuse: Callable[[DenseParts | MixtureParts, Platform], FusedDecoder | str] | None = None
 _linear: list[LinearImplementation] = []
 _stacks: list[StackImplementation] = []
 _table: dict[str, str] = {}
@@ -183,7 +184,7 @@ def capture(fn: Callable[[], T], pool: object = None) -> tuple[Callable[[], None
     return replay, out, pool
 
 
-def fuse(parts: DecoderParts | MixtureParts | str, platform: Platform) -> FusedDecoder | None:
+def fuse(parts: DenseParts | MixtureParts | str, platform: Platform) -> FusedDecoder | None:
     """The megakernel decoder for decode steps of few requests, if this platform has one that takes these layers.
 
     parts: or the reason why there can be none.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from octavo.quant.scheme import BLOCK, FEW_TOKENS, Granularity, Scheme, WeightDT
 __all__ = [
     "ANY_KIND", "FEW_TOKENS", "FP8_BLOCKS", "FP8_EXACT_FEW", "FP8_ROWS", "FP8_WEIGHTS", "INT4_GROUPS", "LATENT_SCRATCH",
     "PLAIN", "Activation", "CodeFormat",
-    "DecoderParts", "Dispatch", "ExpertLayerParts", "Filters", "FusedDecoder", "HeadNorms", "LayerParts",
-    "LinearImplementation", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader",
+    "DecoderParts", "DenseParts", "Dispatch", "ExpertLayerParts", "Filters", "FusedDecoder", "HeadNorms", "Layer",
+    "LayerParts", "LinearImplementation", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader",
     "Rope", "Rotation", "Routed", "Router", "Segments", "StackImplementation", "Uncombined", "Unscaled", "Unsummed",
     "codes_of", "not_taken", "tokens_of", "values_of", "wanted",
 ]  # fmt: skip
@@ -305,13 +305,17 @@ def has_storage(t: Tensor) -> bool:
     return t.layout is torch.strided  # oneDNN's layouts have none
 
 
-class LayerParts(NamedTuple):
-    """A layer of a dense decoder: norm, attention, residual add, norm, gated SiLU MLP, residual add. Only qkv has a bias."""
+Mlp = TypeVar("Mlp", PackedWeight, PackedStack)  # a weight of an MLP, or of each expert's
+
+
+@dataclass(frozen=True)
+class LayerParts(Generic[Mlp]):
+    """A layer of a decoder: norm, attention, residual add, norm, gated SiLU MLP, residual add. Only qkv has a bias."""
 
     qkv: PackedWeight
     o: PackedWeight
-    gate_up: PackedWeight
-    down: PackedWeight
+    gate_up: Mlp
+    down: Mlp
     input_norm: Tensor
     post_norm: Tensor
     norms: HeadNorms | None
@@ -320,48 +324,32 @@ class LayerParts(NamedTuple):
     window: int | None
 
     @property
-    def weights(self) -> tuple[PackedWeight, ...]:
+    def weights(self) -> tuple[PackedWeight | Mlp, ...]:
         """In execution order."""
         return self.qkv, self.o, self.gate_up, self.down
 
-    def at(self, tokens: int) -> LayerParts:
+    def at(self, tokens: int) -> Self:
         """The layer as it multiplies so many tokens."""
         qkv, o, gate_up, down = (w.at(tokens) for w in self.weights)
-        return self._replace(qkv=qkv, o=o, gate_up=gate_up, down=down)
+        return replace(self, qkv=qkv, o=o, gate_up=gate_up, down=down)
 
 
-class ExpertLayerParts(NamedTuple):
-    """As LayerParts, with a mixture of experts as its MLP. gate, correction: the router's weight [E, hidden] and its bias."""
+@dataclass(frozen=True)
+class ExpertLayerParts(LayerParts[PackedStack]):
+    """With a mixture of experts as its MLP. gate, correction: the router's weight [E, hidden] and its bias."""
 
-    qkv: PackedWeight
-    o: PackedWeight
     gate: Tensor
     correction: Tensor | None
     router: Router
-    gate_up: PackedStack
-    down: PackedStack
-    input_norm: Tensor
-    post_norm: Tensor
-    norms: HeadNorms | None
-    qkv_bias: Tensor | None
-    cache: LayerCache
-    window: int | None
-
-    @property
-    def weights(self) -> tuple[PackedWeight | PackedStack, ...]:
-        """In execution order."""
-        return self.qkv, self.o, self.gate_up, self.down
-
-    def at(self, tokens: int) -> ExpertLayerParts:
-        """As LayerParts.at."""
-        gate_up, down = self.gate_up.at(tokens), self.down.at(tokens)
-        return self._replace(qkv=self.qkv.at(tokens), o=self.o.at(tokens), gate_up=gate_up, down=down)
 
 
-class DecoderParts(NamedTuple):
-    """The layers of a decoder and their common sizes; `inter` is the MLP's intermediate size."""
+Layer = TypeVar("Layer", bound=LayerParts[Any])
 
-    layers: Sequence[LayerParts]
+
+class DecoderParts(NamedTuple, Generic[Layer]):
+    """The layers of a decoder and their common sizes; `inter` is the intermediate size of an MLP, or of an expert."""
+
+    layers: Sequence[Layer]
     cos_sin: Tensor
     hidden: int
     inter: int
@@ -372,28 +360,13 @@ class DecoderParts(NamedTuple):
     eps: float
     ranks: int = 1  # of whose layers these are parts
 
-    def at(self, tokens: int) -> DecoderParts:
+    def at(self, tokens: int) -> Self:
         """The layers as they multiply so many tokens."""
         return self._replace(layers=[layer.at(tokens) for layer in self.layers])
 
 
-class MixtureParts(NamedTuple):
-    """As DecoderParts, of layers with experts; `inter` is an expert's intermediate size."""
-
-    layers: Sequence[ExpertLayerParts]
-    cos_sin: Tensor
-    hidden: int
-    inter: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    eps: float
-    ranks: int = 1  # of whose layers these are parts
-
-    def at(self, tokens: int) -> MixtureParts:
-        """As DecoderParts.at."""
-        return self._replace(layers=[layer.at(tokens) for layer in self.layers])
+DenseParts = DecoderParts[LayerParts[PackedWeight]]
+MixtureParts = DecoderParts[ExpertLayerParts]
 
 
 class FusedDecoder(Protocol):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from typing import Any, cast
 
 from octavo.ops import gpu, hopper
-from octavo.ops.contract import DecoderParts, FusedDecoder, MixtureParts
+from octavo.ops.contract import DecoderParts, DenseParts, ExpertLayerParts, FusedDecoder, MixtureParts
 from octavo.ops.gpu import (
     Int4Experts,
     absorbed_queries,
@@ -94,7 +95,7 @@ class Grouped(gpu.Grouped):
 STACKS = [Grouped(), Int4Experts()]
 
 
-def _compile_for_cache(parts: DecoderParts | MixtureParts, platform: Platform) -> None:
+def _compile_for_cache(parts: DecoderParts[Any], platform: Platform) -> None:
     """Start compiling what a cache with a scale for each token and head needs, which `configure` does not know of."""
     first = parts.layers[0]
     if cache_blocks.per_token_head(first.cache):
@@ -104,13 +105,15 @@ def _compile_for_cache(parts: DecoderParts | MixtureParts, platform: Platform) -
             kernels.configure(platform)
 
 
-def fuse(parts: DecoderParts | MixtureParts, platform: Platform) -> FusedDecoder | str:
+def fuse(parts: DenseParts | MixtureParts, platform: Platform) -> FusedDecoder | str:
     """The megakernel decoder for decode steps of few requests, or the reason why these run op by op."""
     _compile_for_cache(parts, platform)
     try:
-        if isinstance(parts, MixtureParts):
-            return moe_decode.refusal(parts, platform) or moe_decode.MoeMegakernels(parts, platform)
-        return layer_megakernel.refusal(parts, platform) or layer_megakernel.LayerMegakernels(parts, platform)
+        if isinstance(parts.layers[0], ExpertLayerParts):
+            mixture = cast("MixtureParts", parts)
+            return moe_decode.refusal(mixture, platform) or moe_decode.MoeMegakernels(mixture, platform)
+        dense = cast("DenseParts", parts)
+        return layer_megakernel.refusal(dense, platform) or layer_megakernel.LayerMegakernels(dense, platform)
     except NoKernel as error:
         log.warning("decode steps of few requests go op by op: %s", error)
         return str(error).splitlines()[0]

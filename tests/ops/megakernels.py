@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 from octavo.kvcache import KVCache, Layout, spec_for
-from octavo.ops.contract import DecoderParts, LayerParts
+from octavo.ops.contract import DecoderParts, DenseParts, LayerParts
 from octavo.ops.gpu import PackedScaledMM
 from octavo.platform import Platform
 from octavo.quant import FP8_PER_CHANNEL, quantize
@@ -61,7 +61,7 @@ def hopper(arch: str = "sm_90") -> Platform:
     return Platform(CPU, arch, multiprocessors=132, shared_memory=227 << 10)
 
 
-def parts(**changes: Any) -> DecoderParts:
+def parts(**changes: Any) -> DenseParts:
     """Two layers of 8 heads of 64 dimensions, in FP8 with a BF16 cache."""
 
     def weight(n: int, k: int) -> PackedScaledMM:

@@ -190,7 +190,7 @@ def test_a_wrapper_launches_nothing_and_leaves_memory_as_it_is(wrapper: str, dri
 def test_a_whole_step_of_layers_launches_nothing(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     """LayerMegakernels's norm, product and attention are others' kernels; its own and theirs are left out alike."""
     decoder, calls = LayerMegakernels(parts(), hopper()), Calls()
-    seen: list[LayerParts] = []
+    seen: list[LayerParts[Any]] = []
     monkeypatch.setattr(gpu, "rms_norm", lambda x, *_: (x, x))
     monkeypatch.setattr(gpu.PackedScaledMM, "__call__", lambda self, x: random(len(x), self.n))
     monkeypatch.setattr(LayerMegakernels, "_attend", lambda self, layer, qkv, batch: seen.append(layer) or random(2, 512))

@@ -20,7 +20,7 @@ from octavo.models import qwen3_moe
 pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 from octavo.ops import reference
-from octavo.ops.contract import ExpertLayerParts, MixtureParts, Router
+from octavo.ops.contract import DecoderParts, ExpertLayerParts, MixtureParts, Router
 from octavo.ops.gpu import PackedBlocks, PackedDense, PackedGrouped, PackedScaledMM
 from octavo.ops.hopper import compile as compiler
 from octavo.ops.hopper import moe_decode
@@ -80,11 +80,11 @@ def parts(
 
     gain = torch.ones(hidden, dtype=dtype)
     layer = ExpertLayerParts(
-        dense(512, hidden, scheme), dense(hidden, 256, other or scheme), torch.randn(experts, hidden).to(dtype),
-        torch.zeros(experts) if correction else None, router, stack(2 * inter, hidden), stack(hidden, inter), gain, gain, None,
-        None, layer_cache(cache_of(1, 1).views, 1.0, 1.0), None,
+        dense(512, hidden, scheme), dense(hidden, 256, other or scheme), stack(2 * inter, hidden), stack(hidden, inter), gain,
+        gain, None, None, layer_cache(cache_of(1, 1).views, 1.0, 1.0), None, torch.randn(experts, hidden).to(dtype),
+        torch.zeros(experts) if correction else None, router,
     )  # fmt: skip
-    return MixtureParts([layer, layer], torch.zeros(8, 128), hidden, inter, 2, 1, 128, 128**-0.5, 1e-6, ranks)
+    return DecoderParts([layer, layer], torch.zeros(8, 128), hidden, inter, 2, 1, 128, 128**-0.5, 1e-6, ranks)
 
 
 @over(

@@ -6,24 +6,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic
 
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.kvcache import LayerCache
 from octavo.ops import gpu
-from octavo.ops.contract import DecoderParts, ExpertLayerParts, LayerParts, MixtureParts, Rope
+from octavo.ops.contract import DecoderParts, Layer, LayerParts, Rope
 from octavo.ops.hopper import attention
 from octavo.ops.hopper.compile import Kernel, compile_cubin
 from octavo.platform import Platform, threads_on
 
 __all__ = ["LayerByLayer"]
 
-Parts = TypeVar("Parts", bound=DecoderParts | MixtureParts)
-
-
-class LayerByLayer(Generic[Parts]):
+class LayerByLayer(Generic[Layer]):
     """A decoder's layers for steps of up to the last of `columns` one-token requests.
 
     columns: numbers of tokens that the kernel between attentions is compiled for. `parts` must have caches bound.
@@ -32,7 +29,7 @@ class LayerByLayer(Generic[Parts]):
     columns: Sequence[int]
     grid_barriers: Tensor  # of all layers' launches, zeros at a step's begin
 
-    def __init__(self, parts: Parts, platform: Platform):
+    def __init__(self, parts: DecoderParts[Layer], platform: Platform):
         self.parts, self.platform, self.ctas = parts, platform, platform.multiprocessors
 
     def compiled(
@@ -58,24 +55,23 @@ class LayerByLayer(Generic[Parts]):
 
         between(layer's number, attended, residual) gives the next layer's qkv and updates the residual in place.
         """
-        layers: Sequence[LayerParts | ExpertLayerParts] = self.parts.layers
-        first = layers[0]
+        first = self.parts.layers[0]
         self.grid_barriers.zero_()
         normed, _ = gpu.rms_norm(x, first.input_norm, self.parts.eps, None, [first.qkv])
         qkv, residual = first.qkv(normed), x.clone()
         if first.qkv_bias is not None:
             qkv += first.qkv_bias
-        for at, layer in enumerate(layers):
+        for at, layer in enumerate(self.parts.layers):
             qkv = between(at, self._attend(layer, qkv, batch), residual)
         return residual
 
-    def _attend(self, layer: LayerParts | ExpertLayerParts, qkv: Tensor, batch: ForwardBatch) -> Tensor:
+    def _attend(self, layer: LayerParts[Any], qkv: Tensor, batch: ForwardBatch) -> Tensor:
         """Attention of a layer, [requests, heads * dim], for the product qkv; writes keys and values to the cache."""
         attend = attention.attend if attention.is_long(len(qkv), max(batch.context_lens)) else gpu.attend
         return attend(*self.attention_of(layer, qkv, batch)).flatten(1)
 
     def attention_of(
-        self, layer: LayerParts | ExpertLayerParts, qkv: Tensor, batch: ForwardBatch
+        self, layer: LayerParts[Any], qkv: Tensor, batch: ForwardBatch
     ) -> tuple[Tensor, Tensor, Tensor, Rope, LayerCache, ForwardBatch, float, int | None]:
         """The arguments of `ops.attend` for the product qkv."""
         p = self.parts

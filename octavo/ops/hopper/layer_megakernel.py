@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.ops.contract import DecoderParts
+from octavo.ops.contract import DenseParts, LayerParts, PackedWeight
 from octavo.ops.gpu import PackedBlocks, PackedScaledMM, PackedWeightOnly
 from octavo.ops.hopper.compile import no_warpgroups, tensor_map
 from octavo.ops.hopper.layer_by_layer import LayerByLayer
@@ -45,7 +45,7 @@ class _Between(ctypes.Structure):
     ]  # fmt: skip
 
 
-def refusal(parts: DecoderParts, platform: Platform) -> str | None:
+def refusal(parts: DenseParts, platform: Platform) -> str | None:
     """None, or the reason why this decoder's steps are not made of such launches."""
     if (reason := no_warpgroups(platform) or unfit(parts, (PackedScaledMM, PackedWeightOnly, PackedBlocks))) is not None:
         return reason
@@ -95,7 +95,7 @@ def weight_map(weight: Tensor, rows: int) -> bytes:
     return tensor_map(weight, (k, n), (k,), (STEP, rows))
 
 
-class LayerMegakernels(LayerByLayer[DecoderParts]):
+class LayerMegakernels(LayerByLayer[LayerParts[PackedWeight]]):
     """A decoder's layers for steps of up to MAX_TOKENS one-token requests.
 
     `parts` must be accepted by `refusal`, with caches bound. Raises NoKernel.
@@ -104,7 +104,7 @@ class LayerMegakernels(LayerByLayer[DecoderParts]):
     name = "a launch between attentions, csrc/layer_megakernel.cu"
     columns: Sequence[int] = COLUMNS
 
-    def __init__(self, parts: DecoderParts, platform: Platform):
+    def __init__(self, parts: DenseParts, platform: Platform):
         super().__init__(parts, platform)
         options, layers, pairs = self.options(), len(parts.layers), has_two_codes(parts)
         self.columns = PAIRED if pairs else COLUMNS

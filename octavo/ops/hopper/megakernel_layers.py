@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from octavo.ops.contract import DecoderParts, LayerParts, PackedWeight
+from octavo.ops.contract import DenseParts, LayerParts, PackedWeight
 from octavo.ops.gpu import PackedBlocks, PackedScaledMM, PackedWeightOnly
 from octavo.ops.hopper.compile import missing
 
 __all__ = ["has_blocks", "has_two_codes", "packed_weights", "unfit"]
 
 
-def packed_weights(layer: LayerParts) -> list[PackedScaledMM | PackedBlocks]:
+def packed_weights(layer: LayerParts[PackedWeight]) -> list[PackedScaledMM | PackedBlocks]:
     """A layer's weights in execution order, if `unfit` accepts the layers, without what pairs its activations."""
     weights = [w.codes if isinstance(w, PackedWeightOnly) else w for w in layer.weights]
     found = [w for w in weights if isinstance(w, PackedScaledMM | PackedBlocks)]
@@ -19,17 +19,17 @@ def packed_weights(layer: LayerParts) -> list[PackedScaledMM | PackedBlocks]:
     return found
 
 
-def has_blocks(parts: DecoderParts) -> bool:
+def has_blocks(parts: DenseParts) -> bool:
     """Whether the weights have a scale a tile."""
     return isinstance(parts.layers[0].qkv, PackedBlocks)
 
 
-def has_two_codes(parts: DecoderParts) -> bool:
+def has_two_codes(parts: DenseParts) -> bool:
     """Whether activations are not rounded to FP8, so that each is two codes."""
     return isinstance(parts.layers[0].qkv, PackedWeightOnly)
 
 
-def unfit(parts: DecoderParts, kinds: tuple[type[PackedWeight], ...]) -> str | None:
+def unfit(parts: DenseParts, kinds: tuple[type[PackedWeight], ...]) -> str | None:
     """None, or the reason why no megakernel for such weights, all of one of these kinds, supports these layers."""
     if (reason := missing()) is not None:
         return reason

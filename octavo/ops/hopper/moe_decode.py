@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_float, c_int32, c_ubyte, c_void_p
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ def down_map(weight: Tensor) -> bytes:
     return tensor_map(weight, (STEP, n, k // STEP, experts), (k, STEP, n * k), (STEP, ROWS, STAGE_STEPS, 1))
 
 
-class MoeMegakernels(LayerByLayer[MixtureParts]):
+class MoeMegakernels(LayerByLayer[ExpertLayerParts]):
     """A decoder's layers for steps of up to 8 one-token requests.
 
     `parts` must be accepted by `refusal`, with caches bound. Raises NoKernel.
@@ -144,7 +145,7 @@ class MoeMegakernels(LayerByLayer[MixtureParts]):
     def variant(self, requests: int, longest: int) -> int | None:
         return few_requests.splits_of(requests * self.parts.kv_heads, longest)
 
-    def _attend(self, layer: LayerParts | ExpertLayerParts, qkv: Tensor, batch: ForwardBatch) -> Tensor:
+    def _attend(self, layer: LayerParts[Any], qkv: Tensor, batch: ForwardBatch) -> Tensor:
         found = few_requests.attend(*self.attention_of(layer, qkv, batch), max(batch.context_lens), self.next_caches[id(layer)])
         return super()._attend(layer, qkv, batch) if found is None else found.flatten(1)
 
