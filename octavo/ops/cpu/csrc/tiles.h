@@ -100,6 +100,25 @@ static __attribute__((noinline)) void NAME(widen_group)(const char *from, int ki
         TILE_DOT(sum, 5, 7);                  \
     } while (0)
 
+/* Sums are in tiles 0 to 3: of FEW_TILED rows by one panel, or of TILED_ROWS by two. */
+INLINE void NAME(zero_sums)(void) {
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+}
+
+/* Those by one panel. */
+INLINE void NAME(finish_sums)(const LinearJob *job, int64_t panel, int64_t from, int64_t to) {
+    float sums[FEW_TILED * LANES] __attribute__((aligned(64)));
+    TILE_STORE(0, sums, 64);
+    TILE_STORE(1, sums + LANES * LANES, 64);
+    TILE_STORE(2, sums + 2 * LANES * LANES, 64);
+    TILE_STORE(3, sums + 3 * LANES * LANES, 64);
+    TILE_FENCE();
+    NAME(finish_panel)(job, panel, from, to, sums);
+}
+
 /* Up to FEW_TILED rows from `from` on times one panel, along all of k. FP8 of the next CHUNK is widened between products: a
    tile is not loaded before the stores to it have reached the cache. */
 INLINE void NAME(one_panel_of_tiles)(const LinearJob *job, int64_t from, int64_t to, int64_t panel, int kind) {
@@ -109,12 +128,8 @@ INLINE void NAME(one_panel_of_tiles)(const LinearJob *job, int64_t from, int64_t
     const char *x = (const char *)NAME(panel_at)(job, panel, 0);
     NAME(Place) place;
     uint16_t wide_of[2][FEW_TILED * CHUNK] __attribute__((aligned(64)));
-    float sums[FEW_TILED * LANES] __attribute__((aligned(64)));
     NAME(find_rows)(w, from, FEW_TILED, to - from, &place);
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    TILE_ZERO(2);
-    TILE_ZERO(3);
+    NAME(zero_sums)();
     int64_t k = 0;
     if (kind == BF16 && to - from == FEW_TILED) {
         for (; k < whole; k += CHUNK, x += 2 * TILE_BYTES) { /* BF16 is loaded as it is stored */
@@ -152,12 +167,7 @@ INLINE void NAME(one_panel_of_tiles)(const LinearJob *job, int64_t from, int64_t
     }
 #undef NEXT_TILE
 #undef WIDEN_TILE
-    TILE_STORE(0, sums, 64);
-    TILE_STORE(1, sums + LANES * LANES, 64);
-    TILE_STORE(2, sums + 2 * LANES * LANES, 64);
-    TILE_STORE(3, sums + 3 * LANES * LANES, 64);
-    TILE_FENCE();
-    NAME(finish_panel)(job, panel, from, to, sums);
+    NAME(finish_sums)(job, panel, from, to);
 }
 
 /* Up to BLOCK_ROWS rows times several panels: BLOCK_DEPTH values of all rows are widened, then multiplied by all panels. */
@@ -195,10 +205,7 @@ INLINE void NAME(panels_of_tiles)(const LinearJob *job, int64_t from, int64_t to
                         TILE_LOAD(3, more + LANES * LANES, 64);
                     }
                 } else {
-                    TILE_ZERO(0);
-                    TILE_ZERO(1);
-                    TILE_ZERO(2);
-                    TILE_ZERO(3);
+                    NAME(zero_sums)();
                 }
 #define CHUNK_OF_STEPS(panels)                                                                                              \
     for (; a < end; a += CHUNK * TILED_ROWS, x += 2 * TILE_BYTES) {                                                         \
@@ -227,11 +234,7 @@ INLINE void NAME(one_panel_of_groups)(const LinearJob *job, int64_t from, int64_
     const int64_t chunks = job->k_padded / CHUNK, bytes = GROUP_ROWS * TILED_CODES, tile = LANES * TILED_CODES;
     const char *x = (const char *)NAME(panel_at)(job, panel, 0), *at = (const char *)w->weight + from / GROUP_ROWS * chunks * bytes;
     uint16_t wide_of[2][FEW_TILED * CHUNK] __attribute__((aligned(64)));
-    float sums[FEW_TILED * LANES] __attribute__((aligned(64)));
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    TILE_ZERO(2);
-    TILE_ZERO(3);
+    NAME(zero_sums)();
     for (int i = 0; i < FEW_TILED; i += LANES) NAME(widen_group)(at + i * TILED_CODES, kind, wide_of[0] + i * CHUNK);
     for (int64_t c = 0; c < chunks; c++, x += 2 * TILE_BYTES) {
         const uint16_t *wide = wide_of[c % 2];
@@ -250,12 +253,7 @@ INLINE void NAME(one_panel_of_groups)(const LinearJob *job, int64_t from, int64_
         NEXT_TILE(3)
 #undef NEXT_TILE
     }
-    TILE_STORE(0, sums, 64);
-    TILE_STORE(1, sums + LANES * LANES, 64);
-    TILE_STORE(2, sums + 2 * LANES * LANES, 64);
-    TILE_STORE(3, sums + 3 * LANES * LANES, 64);
-    TILE_FENCE();
-    NAME(finish_panel)(job, panel, from, to, sums);
+    NAME(finish_sums)(job, panel, from, to);
 }
 
 #define TILES_OF(kind)                                                                                                          \
