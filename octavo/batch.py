@@ -32,9 +32,9 @@ class Span(NamedTuple):
         positions = range(self.start, self.start + len(self.token_ids))
         return [self.block_ids[p // block_size] * block_size + p % block_size for p in positions]
 
-    def table(self, width: int, scratch_block: int) -> list[int]:
-        """The request's row of the block tables, padded with the scratch block."""
-        return [*self.block_ids[:width], *[scratch_block] * (width - len(self.block_ids))]
+    def table(self, width: int, padding: int) -> list[int]:
+        """The request's row of the block tables, padded with the block `padding`."""
+        return [*self.block_ids[:width], *[padding] * (width - len(self.block_ids))]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ForwardBatch:
     input_ids, positions, rotary_rows, slot_mapping: int64 [T]. A token's position is its index in the context; its rotary
     row is the row of cosines and sines that rotates it. query_start_loc: int32 [B + 1]. seq_lens: int32 [B], context length
     including this step's tokens; 0 for a row that pads a graph, whose attention output is zeros. block_tables: int32
-    [B, max blocks], rows padded with the scratch block.
+    [B, max blocks], rows padded with a block whose values do not count.
     query_lens and context_lens are the same numbers on the host, so that no layer waits for the device; in a graph
     context_lens are upper bounds.
     rotary_table: FP32 [rows, R], which rotary_rows index instead of the model's own table; None: the model's.
@@ -113,8 +113,8 @@ def reads_pinned(device: torch.device) -> bool:
     return device.type not in ("cpu", "meta")
 
 
-def build(spans: Sequence[Span], block_size: int, device: torch.device, scratch_block: int = 0) -> ForwardBatch:
-    """The batch of `spans`, built on the host and moved to the device."""
+def build(spans: Sequence[Span], block_size: int, device: torch.device) -> ForwardBatch:
+    """The batch of `spans`, built on the host and moved to the device. Rows of the block tables are padded with block 0."""
     ids: list[int] = []
     positions: list[int] = []
     rows: list[int] = []
@@ -129,7 +129,7 @@ def build(spans: Sequence[Span], block_size: int, device: torch.device, scratch_
         starts.append(len(ids))
         contexts.append(stop)
     width = max((-(-length // block_size) for length in contexts), default=1)
-    table = [span.table(width, scratch_block) for span in spans]
+    table = [span.table(width, 0) for span in spans]
 
     def tensor(values: object, dtype: torch.dtype) -> Tensor:
         return to_device(values, dtype, device)
