@@ -67,7 +67,7 @@ def check_kv_scales(model: Model, config: EngineConfig, json_config: Mapping[str
             f"the checkpoint's KV scales are for a cache in {said}, and no FP8 cache can use them; "
             "add --calculate-kv-scales, or leave --kv-cache-dtype fp8 out."
         )
-    if config.calculate_kv_scales and not hasattr(model, "kv_scales"):
+    if config.calculate_kv_scales and not scaled:
         raise OctavoError(
             "--calculate-kv-scales has nothing to measure for this model: an FP8 cache of MLA, fp8_ds_mla, takes the scales of "
             "each token as it is written; leave the flag out."

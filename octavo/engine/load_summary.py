@@ -6,7 +6,7 @@ from octavo.config import EngineConfig
 from octavo.distributed import TensorParallel
 from octavo.engine.memory import gib
 from octavo.platform import Platform
-from octavo.quant.scheme import WeightDType
+from octavo.quant.scheme import SCHEMES, WeightDType
 from octavo.stages import Stages
 from octavo.weights.load_report import LoadReport
 
@@ -24,9 +24,16 @@ def describe(model_type: str, report: LoadReport, platform: Platform, ranks: int
     ]
 
 
-def without_effect(config: EngineConfig, tp: TensorParallel, sees: bool) -> list[str]:
-    """What was asked of ranks that these ranks cannot do, a sentence each. sees: whether there is a vision tower."""
+def without_effect(config: EngineConfig, platform: Platform, tp: TensorParallel, sees: bool) -> list[str]:
+    """What was asked for and changes nothing here, a sentence each. sees: whether there is a vision tower."""
     found = []
+    quantizes = SCHEMES[config.quantization or "bf16"].quantized or config.quantize_lm_head
+    if config.quantization_ignore and not quantizes:
+        found.append("--quantization-ignore is without effect: without a --quantization every layer stays as it is stored")
+    if config.cpu_kv_cache_gib is not None and not platform.is_cpu:
+        found.append("--cpu-kv-cache-gib is without effect: the model runs on an accelerator; see --kv-cache-memory-bytes")
+    if config.gpu_memory_utilization != EngineConfig.gpu_memory_utilization and platform.is_cpu:
+        found.append("--gpu-memory-utilization is without effect: the model runs on a CPU; see --cpu-kv-cache-gib")
     if config.enable_expert_parallel and tp.size == 1:
         found.append("--enable-expert-parallel is without effect: an engine of one rank has all experts")
     if tp.whole_towers and (tp.size == 1 or not sees):

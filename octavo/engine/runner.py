@@ -86,7 +86,7 @@ class ModelRunner:
         """Loads the weights, which `sleep` frees."""
         self.platform.release()  # memory of an earlier engine in this process must count as free
         self.report, _ = load_model(self.model, self.config, self.platform, self.dtype, self.progress, self.tp)
-        self.report.notes.extend(without_effect(self.config, self.tp, self.encoder is not None))
+        self.report.notes.extend(without_effect(self.config, self.platform, self.tp, self.encoder is not None))
 
     def make_runnable(self) -> None:
         """Makes the cache and captures graphs, which `sleep` frees; weights must be loaded."""

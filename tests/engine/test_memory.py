@@ -21,6 +21,7 @@ from octavo.config import EngineConfig
 from octavo.demo import MODEL_DIR
 from octavo.distributed import TensorParallel
 from octavo.engine.core import EngineCore
+from octavo.engine.load_summary import without_effect
 from octavo.engine.loading import _check_room
 from octavo.engine.memory import GIB, check_weights, gib, length_held, plan_blocks
 from octavo.errors import OctavoError
@@ -237,6 +238,27 @@ def test_kv_cache_bytes(shape, kv, nbytes, percent):
     assert f" {nbytes} bytes a token ({percent:.1f}% of BF16's), 256 tokens" in line
     assert llm._core.runner.cache.nbytes == 256 * nbytes
     assert (llm.info.num_blocks, llm.info.block_size) == (16, 16)
+
+
+@cases(
+    ("device", "options", "named"),
+    [
+        (cpu(), dict(gpu_memory_utilization=0.8), "--gpu-memory-utilization"),
+        (cuda(), dict(gpu_memory_utilization=0.8), None),
+        (cuda(), dict(cpu_kv_cache_gib=2), "--cpu-kv-cache-gib"),
+        (cpu(), dict(cpu_kv_cache_gib=2), None),
+        (cpu(), dict(quantization_ignore=("o_proj",)), "--quantization-ignore"),
+        (cpu(), dict(quantization_ignore=("o_proj",), quantization="fp8"), None),
+        (cpu(), dict(quantization_ignore=("lm_head",), quantize_lm_head=True), None),
+        (cpu(), dict(enable_expert_parallel=True), "--enable-expert-parallel"),
+        (cpu(), dict(mm_encoder_tp_mode="data"), None),  # which the ranks say
+        (cpu(), {}, None),
+    ],
+)
+def test_a_flag_that_changes_nothing_here_is_named(device, options, named):
+    found = without_effect(EngineConfig(model="x", **options), device, TensorParallel(), False)
+    assert [note.split(" ")[0] for note in found] == ([named] if named else [])
+    assert all(" is without effect: " in note for note in found)
 
 
 def test_a_note_reaches_the_report(shape):
