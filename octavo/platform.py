@@ -30,7 +30,7 @@ T = TypeVar("T")
 FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 224.0, torch.float8_e5m2: 57344.0}
 
 
-NO_FP8 = ("gfx906", "gfx908", "gfx90a")
+NO_FP8 = ("gfx8", "gfx90", "gfx10", "gfx11")  # as architectures begin: up to CDNA 2, and RDNA 1 to 3
 KFD = Path("/dev/kfd")  # through which HIP reaches AMD's GPUs
 
 
@@ -190,7 +190,7 @@ def _check_kfd() -> None:
 def check_fp8_units(name: str, arch: str) -> None:
     """Raises OctavoError for an accelerator whose architecture has no FP8 units."""
     kind, _, version = arch.partition("_")
-    if int(version) < 89 if kind == "sm" else arch in NO_FP8:
+    if int(version) < 89 if kind == "sm" else arch.startswith(NO_FP8):
         raise OctavoError(f"{name} ({arch}) has no FP8 units; Octavo needs gfx942, sm_89 or newer, or --device cpu.")
 
 

@@ -12,7 +12,7 @@ import torch
 import octavo
 from octavo import host, platform
 from octavo.errors import OctavoError
-from octavo.platform import Platform, detect, threads_on
+from octavo.platform import Platform, check_fp8_units, detect, threads_on
 
 CPU = torch.device("cpu")
 H200 = SimpleNamespace(
@@ -80,6 +80,14 @@ def test_what_an_architecture_has() -> None:
         "gfx950": (False, False, False, 2, False),
         "avx512": (False, False, False, 2, False),
     }
+
+
+def test_what_has_no_fp8_units_is_refused_before_a_kernel_fails() -> None:
+    for arch in ("sm_89", "sm_90", "sm_120", "gfx942", "gfx950", "gfx1201"):
+        check_fp8_units("it", arch)
+    for arch in ("sm_75", "sm_86", "gfx803", "gfx906", "gfx90a", "gfx1030", "gfx1100", "gfx1151"):
+        with pytest.raises(OctavoError, match=rf"^it \({arch}\) has no FP8 units"):
+            check_fp8_units("it", arch)
 
 
 def test_threads_begin_on_the_device_of_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
