@@ -1,4 +1,4 @@
-"""The name of a cache format, and the scales of an FP8 cache: the checkpoint's, measured on a fixed text
+"""The formats of a model's caches and their name, and the scales of an FP8 cache: the checkpoint's, measured on a fixed text
 (--calculate-kv-scales), or 1.0."""
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from octavo.config import EngineConfig
 from octavo.convert.key_rounding import read_key_rounding
 from octavo.errors import OctavoError
 from octavo.files import KEY_ROUNDING
-from octavo.kvcache import KVCacheSpec
+from octavo.kvcache import KVCacheSpec, Layout
 from octavo.models.interface import CalibratedModel, Model
+from octavo.platform import Platform
 from octavo.quant.checks import cache_format_said
 from octavo.text.tokenizer import Tokenizer
 
-__all__ = ["SCALED", "cache_format", "calibration_tokens", "check_kv_scales", "set_key_rounding", "set_kv_scales"]
+__all__ = ["SCALED", "cache_format", "cache_specs", "calibration_tokens", "check_kv_scales", "set_key_rounding", "set_kv_scales"]
 
 SCALED = ("fp8_e4m3", "fp8_e5m2")  # cache dtypes with a scale for each layer's keys and values
 TEXT = """\
@@ -40,6 +43,31 @@ Answer: 210 / 84 = 2.5 hours, so it arrives at 12:10.
 Les feuilles pliées trois fois donnent seize pages. Ein Bogen, dreimal gefalzt, ergibt acht Blätter. 一张纸折三次，得到八页。
 SELECT city, COUNT(*) FROM orders WHERE total > 100 GROUP BY city ORDER BY 2 DESC;
 """
+
+
+def cache_specs(
+    model: Model, kv_cache_dtype: str, dtype: torch.dtype, platform: Platform, skipped: Sequence[str] = ()
+) -> list[KVCacheSpec]:
+    """The cache specs of the model on this platform. `dtype`: the model's. skipped: layers, as --kv-cache-dtype-skip-layers
+    names them, whose caches are in `dtype`. Raises OctavoError for layers that there are not, or whose cache cannot be.
+    """
+    specs = model.kv_specs(kv_cache_dtype, dtype, platform.fp8_dtype, Layout.on(platform.is_cpu))
+    if not skipped:
+        return specs
+    names, asked = model.cache_names(), set(skipped)
+    if missing := asked - {"sliding_window"}.union(*names):
+        numbers = sorted(int(name) for found in names for name in found if name.isdecimal())
+        raise OctavoError(
+            f"--kv-cache-dtype-skip-layers names layer {min(missing, key=int)}; the model's are {numbers[0]} to {numbers[-1]}."
+        )
+    own = cache_specs(model, "auto", dtype, platform)
+    chosen = [of_model for found, of_model in zip(names, own, strict=True) if asked & found]
+    if any(field.dtype == platform.fp8_dtype for spec in chosen for field in spec.fields):
+        raise OctavoError(
+            f"--kv-cache-dtype-skip-layers cannot keep layers in {str(dtype).removeprefix('torch.')}: this model's sparse "
+            "attention reads a cache in FP8; leave it out."
+        )
+    return [of_model if asked & found else spec for found, spec, of_model in zip(names, specs, own, strict=True)]
 
 
 def cache_format(specs: Sequence[KVCacheSpec], kv_cache_dtype: str) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,42 +14,28 @@ from torch import nn
 
 from octavo.config import EngineConfig
 from octavo.convert.save_quantized import save_quantized
-from octavo.distributed import TensorParallel, Unheard
+from octavo.distributed import TensorParallel
 from octavo.engine.calibration_text import TOKENS, calibration_windows
-from octavo.engine.kv_setup import check_kv_scales, set_key_rounding
+from octavo.engine.kv_setup import cache_specs, check_kv_scales, set_key_rounding
 from octavo.engine.memory import check_weights, gib, length_held
 from octavo.engine.pipeline import check_pipeline
-from octavo.errors import OctavoError, shortage
+from octavo.errors import OctavoError
 from octavo.host import release
-from octavo.kvcache import KVCacheSpec, Layout
-from octavo.models import build_model, number_of_layers, read_config, same_architecture
+from octavo.messages import Progress
+from octavo.models import build_model, number_of_layers, read_config
 from octavo.models.interface import Limits, Model
 from octavo.platform import Platform
 from octavo.quant import SCHEMES, QuantRules, Scheme, WeightDType
-from octavo.quant.checks import check_format
 from octavo.quant.formats import served_scheme, stored_shape
 from octavo.quant.stored_format import stored_format_of
 from octavo.weights import DummySource, Loader, LoadReport, SafetensorsSource, load
-from octavo.weights.in_place import Put, fresh, held, overwrite, rehearse
+from octavo.weights.in_place import Put, fresh, rehearse
 from octavo.weights.meta import MatrixSizes, matrix_sizes
 from octavo.weights.sources import Source
 
-__all__ = [
-    "cache_specs",
-    "check_reload",
-    "checkpoint_scheme",
-    "drop",
-    "load_model",
-    "make_loader",
-    "make_model",
-    "open_source",
-    "reload_model",
-    "restore",
-    "rules_of",
-]
+__all__ = ["checkpoint_scheme", "load_model", "make_loader", "make_model", "open_source", "rules_of"]
 
 ALONE = TensorParallel()
-ProgressCallback = Callable[[str, float], None] | None
 
 
 def make_model(
@@ -74,88 +59,6 @@ def make_model(
     return model if length == limits.positions else build(length), limits
 
 
-def cache_specs(
-    model: Model, kv_cache_dtype: str, dtype: torch.dtype, platform: Platform, skipped: Sequence[str] = ()
-) -> list[KVCacheSpec]:
-    """The cache specs of the model on this platform. `dtype`: the model's. skipped: layers, as --kv-cache-dtype-skip-layers
-    names them, whose caches are in `dtype`. Raises OctavoError for layers that there are not, or whose cache cannot be.
-    """
-    specs = model.kv_specs(kv_cache_dtype, dtype, platform.fp8_dtype, Layout.on(platform.is_cpu))
-    if not skipped:
-        return specs
-    names, asked = model.cache_names(), set(skipped)
-    if missing := asked - {"sliding_window"}.union(*names):
-        numbers = sorted(int(name) for found in names for name in found if name.isdecimal())
-        raise OctavoError(
-            f"--kv-cache-dtype-skip-layers names layer {min(missing, key=int)}; the model's are {numbers[0]} to {numbers[-1]}."
-        )
-    own = cache_specs(model, "auto", dtype, platform)
-    chosen = [of_model for found, of_model in zip(names, own, strict=True) if asked & found]
-    if any(field.dtype == platform.fp8_dtype for spec in chosen for field in spec.fields):
-        raise OctavoError(
-            f"--kv-cache-dtype-skip-layers cannot keep layers in {str(dtype).removeprefix('torch.')}: this model's sparse "
-            "attention reads a cache in FP8; leave it out."
-        )
-    return [of_model if asked & found else spec for found, spec, of_model in zip(names, specs, own, strict=True)]
-
-
-def check_reload(
-    model: Model,
-    config: EngineConfig,
-    loaded: Mapping[str, Any],
-    platform: Platform,
-    dtype: torch.dtype,
-    progress: ProgressCallback = None,
-    tp: TensorParallel = ALONE,
-) -> None:
-    """Reads the whole checkpoint of `config` as `reload_model` will, and writes no weight. `loaded`: the model's config.json.
-
-    Raises OctavoError, the same on every rank, where config.json, shapes or schemes differ or something cannot be read. Each
-    rank reads alone: one that fails in the middle would leave the others waiting in a collective.
-    """
-    directory, fault = Path(config.model), ""
-    try:
-        json_config = read_config(directory)
-        check_format(json_config, directory)
-        if not same_architecture(json_config, loaded):
-            raise OctavoError(f"{directory} has another config.json than the model that is loaded; start the model anew.")
-        alone = tp if tp.engine.size == 1 else replace(tp, group=Unheard(), everyone=None)
-        load_model(model, config, platform, dtype, progress, alone, put=rehearse)
-    except OctavoError as error:
-        fault = str(error)
-    except Exception as error:  # a file that changes while it is read has no end of ways to fail
-        fault = shortage(error) or f"{directory} cannot be read ({type(error).__name__}: {error}); write it anew."
-    for rank, sentence in enumerate(tp.engine.sentences(fault)):
-        if sentence:
-            raise OctavoError(sentence if tp.engine.size == 1 or sentence == fault else f"Rank {rank}: {sentence}")
-
-
-def reload_model(
-    model: Model,
-    config: EngineConfig,
-    platform: Platform,
-    dtype: torch.dtype,
-    progress: ProgressCallback = None,
-    tp: TensorParallel = ALONE,
-) -> tuple[LoadReport, bool]:
-    """Writes the weights of a checkpoint that `check_reload` has passed over those of `model`. False where not all could be
-    written in place.
-
-    RuntimeError where it cannot be read any more: the weights are then those of two models, or ranks wait for one another.
-    """
-    try:
-        return load_model(model, config, platform, dtype, progress, tp, put=overwrite)
-    except OctavoError as error:
-        raise RuntimeError(f"{config.model} has changed while its weights were loaded: {error}") from error
-
-
-def drop(model: Model) -> None:
-    """Frees the weights of a loaded model."""
-    for module in cast("nn.Module", model).modules():
-        for name in held(module):
-            delattr(module, name)
-
-
 def rules_of(config: EngineConfig) -> QuantRules:
     """What `config` asks of weights."""
     scheme, exact_few = SCHEMES[config.quantization or "bf16"], config.decode_activations == "bf16"
@@ -167,7 +70,7 @@ def load_model(
     config: EngineConfig,
     platform: Platform,
     dtype: torch.dtype,
-    progress: ProgressCallback,
+    progress: Progress | None,
     tp: TensorParallel = ALONE,
     *,
     put: Put = fresh,
@@ -177,31 +80,14 @@ def load_model(
     `put`: `overwrite` for a model that is loaded already; False where not all of its weights could be.
     """
     rules = rules_of(config)
-    scheme = rules.scheme
-    directory, notes = Path(config.model), []
-    if config.save_quantized is not None and not tp.engine.rank:
-        output, threads = Path(config.save_quantized), config.threads or len(os.sched_getaffinity(0))
-        save_progress = partial(progress, f"saving quantized weights ({scheme.name})") if progress else None
-        windows = calibration_windows(directory, config.calibrate, TOKENS) if config.calibrate else ()
-        described = read_config(directory)
-        notes.append(save_quantized(directory, described, output, rules, platform, threads, save_progress, windows))
+    scheme, directory, notes = rules.scheme, Path(config.model), list[str]()
     if config.save_quantized is not None:
-        tp.engine.least(0)  # the others wait until rank 0 has written it
-        directory = Path(config.save_quantized)
+        directory, notes = Path(config.save_quantized), _save(config, rules, platform, progress, tp)
     source = open_source(config, directory)
     if put is fresh:
         _check_room(model, source, platform, scheme, tp)
     loader = make_loader(source, rules, config, platform, dtype, tp)
-    loader.report.notes.extend(notes)
-    if isinstance(source, SafetensorsSource) and (unused := source.checkpoint.unused):
-        loader.report.note(f"{', '.join(unused)} not used: what they would scale is not quantized")
-    if isinstance(source, SafetensorsSource) and source.checkpoint.renamed:
-        loader.report.note(f"names of tensors are read {source.checkpoint.renamed}")
-    if dtype is torch.bfloat16 and _has_float16(source, config):
-        loader.report.note(
-            "the checkpoint's float16 values are rounded to bfloat16, of the same size, with more range and 8 significant bits "
-            "for 11; --dtype float32 keeps them"
-        )
+    loader.report.notes.extend([*notes, *_said_of(source, config, dtype)])
     verb = "loading" if not scheme.quantized else f"loading as {scheme.name}"
     peak = None if platform.is_cpu else _Peak(platform.device)
     began = time.perf_counter()
@@ -231,13 +117,37 @@ def make_loader(
     return loader
 
 
-def _has_float16(source: SafetensorsSource | DummySource, config: EngineConfig) -> bool:
-    """Whether a checkpoint holds or announces float16."""
+def _save(
+    config: EngineConfig, rules: QuantRules, platform: Platform, progress: Progress | None, tp: TensorParallel
+) -> list[str]:
+    """Rank 0 writes the checkpoint of --save-quantized, if it is not there yet; the others wait. Notes for the report."""
+    notes = []
+    if not tp.engine.rank:
+        model, output = Path(config.model), Path(config.save_quantized or "")
+        threads = config.threads or len(os.sched_getaffinity(0))
+        shown = partial(progress, f"saving quantized weights ({rules.scheme.name})") if progress else None
+        windows = calibration_windows(model, config.calibrate, TOKENS) if config.calibrate else ()
+        notes.append(save_quantized(model, read_config(model), output, rules, platform, threads, shown, windows))
+    tp.engine.least(0)
+    return notes
+
+
+def _said_of(source: SafetensorsSource | DummySource, config: EngineConfig, dtype: torch.dtype) -> list[str]:
+    """What a person should know of a checkpoint's tensors."""
     if not isinstance(source, SafetensorsSource):
-        return False
-    described = read_config(Path(config.model))
-    stored = any(tensor.dtype == "F16" for tensor in source.checkpoint.tensors.values())
-    return stored or "float16" in (described.get("dtype"), described.get("torch_dtype"))
+        return []
+    found, described = [], read_config(Path(config.model))
+    if unused := source.checkpoint.unused:
+        found.append(f"{', '.join(unused)} not used: what they would scale is not quantized")
+    if renamed := source.checkpoint.renamed:
+        found.append(f"names of tensors are read {renamed}")
+    half = any(tensor.dtype == "F16" for tensor in source.checkpoint.tensors.values())
+    if dtype is torch.bfloat16 and (half or "float16" in (described.get("dtype"), described.get("torch_dtype"))):
+        found.append(
+            "the checkpoint's float16 values are rounded to bfloat16, of the same size, with more range and 8 significant bits "
+            "for 11; --dtype float32 keeps them"
+        )
+    return found
 
 
 def _check_room(
@@ -252,17 +162,6 @@ def _check_room(
         sizes, ranks = matrix_sizes(cast("nn.Module", model), source.stored_format, QuantRules(), platform), tp.size
     values, packed = (n if platform.is_cpu else n // ranks for n in (sizes.values, sizes.packed_bytes))  # a CPU has all ranks
     check_weights(platform, values, packed, fp8=scheme.dtype is WeightDType.FP8 or stored)
-
-
-def restore(overwrite: Callable[[EngineConfig], None], before: EngineConfig, refusal: OctavoError) -> None:
-    """Loads the weights `before` a refused reload again. Raises RuntimeError, which ends the engine, where they cannot be had.
-
-    A directory that was rewritten and is loaded again has no others to go back to.
-    """
-    try:
-        overwrite(before)
-    except OctavoError:
-        raise RuntimeError(f"{refusal} The weights before them are no longer in {before.model}.") from refusal
 
 
 def open_source(config: EngineConfig, directory: Path) -> SafetensorsSource | DummySource:

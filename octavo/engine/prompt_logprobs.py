@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo.engine.sampler import SamplingRow, logprobs_of
+from octavo.engine.sampler import logprobs_of
+from octavo.engine.sampling_row import SamplingRow
 from octavo.engine.sequence import ScheduledRequest
 from octavo.engine.vocabulary import Vocabulary
 from octavo.messages import Logprobs

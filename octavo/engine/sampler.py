@@ -18,7 +18,7 @@ from octavo.engine.sampling_row import SamplingRow
 from octavo.engine.token_history import Histories, History
 from octavo.messages import Logprob, Logprobs, SamplingParams
 
-__all__ = ["NO_TOKEN", "SamplingRow", "logprobs_of", "sample", "uniform", "warm_up"]
+__all__ = ["NO_TOKEN", "logprobs_of", "sample", "uniform", "warm_up"]
 
 _MASK = (1 << 64) - 1
 NO_TOKEN = -1  # returned for a row whose every token is forbidden

@@ -20,7 +20,7 @@ from octavo.config import EngineConfig
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.core import EngineCore
 from octavo.engine.grammar import GrammarSpeed
-from octavo.engine.runner import StepTokens
+from octavo.engine.step_tokens import StepTokens
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import OctavoError
 from octavo.messages import EngineRequest, EngineStats, SamplingParams, TokenOutput

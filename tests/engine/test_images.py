@@ -172,7 +172,7 @@ def test_memory_for_images_is_planned(saved: Saved, make: Any, monkeypatch: pyte
         asked.append((given[5], given[8]))
         return plan_blocks(*given)
 
-    monkeypatch.setattr("octavo.engine.runner.plan_blocks", noted)
+    monkeypatch.setattr("octavo.engine.model_lifecycle.plan_blocks", noted)
     encoder = make("qwen3_vl", max_model_len=LENGTH, mm_processor_cache_gb=0.5).runner.encoder
     EngineCore(EngineConfig(model=str(saved["qwen3_vl"][1]), language_model_only=True, **ENGINE))
     (working, images), (text, none) = asked

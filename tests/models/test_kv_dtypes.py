@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import batch
 from octavo.distributed import TensorParallel
-from octavo.engine.loading import cache_specs
+from octavo.engine.kv_setup import cache_specs
 from octavo.errors import OctavoError
 from octavo.kvcache import KVCache, spec_for
 from octavo.layers.attention import PagedAttention

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from octavo.distributed import TensorParallel
-from octavo.engine.loading import cache_specs
+from octavo.engine.kv_setup import cache_specs
 from octavo.errors import OctavoError
 from octavo.kvcache import Layout
 from octavo.layers.indexer import Indexer

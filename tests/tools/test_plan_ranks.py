@@ -16,7 +16,8 @@ from tools.test_plan_sizes import KIMI_VISION, QWEN_ROPE, QWEN_VISION
 from octavo import ops
 from octavo.cli import engine_config, make_parser
 from octavo.distributed import TensorParallel
-from octavo.engine.loading import cache_specs, load_model, make_model
+from octavo.engine.kv_setup import cache_specs
+from octavo.engine.loading import load_model, make_model
 from octavo.platform import detect
 from octavo.tools.plan import plan as tool
 
