@@ -10,15 +10,10 @@ from octavo.errors import OctavoError
 from octavo.option_checks import check_options
 from octavo.option_types import typed
 from octavo.option_values import (
-    CHECKPOINT_FORMATS,
-    DECODE_ACTIVATIONS,
-    DTYPES,
     EXECUTORS,
-    KV_CACHE_DTYPES,
+    KNOWN_VALUES,
     MAX_MEDIA,
-    QUANTIZATIONS,
     ROUNDINGS,
-    UNREAD_FORMATS,
     canonical,
     layer_names,
     read_json_option,
@@ -27,10 +22,7 @@ from octavo.option_values import (
 )
 from octavo.quantization_file import merged, read_quantization_config
 
-__all__ = [
-    "CHECKPOINT_FORMATS", "IGNORED", "IMAGES", "KV_CACHE_DTYPES", "QUANTIZATIONS", "UNREAD_FORMATS", "EngineConfig",
-    "canonical", "flag_of",
-]  # fmt: skip
+__all__ = ["IGNORED", "IMAGES", "EngineConfig", "config_fields", "flag_of"]
 
 # Headings under which the command line shows the fields.
 MODEL, QUANTIZATION, MEMORY = "model", "quantization and KV cache", "memory and scheduling"
@@ -274,12 +266,7 @@ class EngineConfig:
             put("max_model_len", None)
         put("override_generation_config", read_json_option("--override-generation-config", self.override_generation_config))
         put("hf_overrides", with_rope(self.hf_overrides, self.rope_scaling, self.rope_theta))
-        for name, known in {
-            "quantization": QUANTIZATIONS, "kv_cache_dtype": KV_CACHE_DTYPES, "decode_activations": DECODE_ACTIVATIONS,
-            "dtype": DTYPES, "device": {d: d for d in ("auto", "cuda", "cpu")}, "distributed_executor_backend": EXECUTORS,
-            "mm_encoder_tp_mode": {m: m for m in ("weights", "data")}, "kv_cache_rounding": {r: r for r in ROUNDINGS},
-            "load_format": {"auto": "auto", "safetensors": "auto", "dummy": "dummy"},
-        }.items():  # fmt: skip
+        for name, known in KNOWN_VALUES.items():
             if (given := getattr(self, name)) is not None:
                 put(name, canonical(flag_of(name), given, known))
         for name in ("quantization_ignore", "allowed_media_domains", "kv_cache_dtype_skip_layers"):

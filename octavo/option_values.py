@@ -10,8 +10,8 @@ from typing import Any
 from octavo.errors import OctavoError
 
 __all__ = [
-    "CHECKPOINT_FORMATS", "DECODE_ACTIVATIONS", "DTYPES", "EXECUTORS", "KV_CACHE_DTYPES", "MAX_LOGPROBS", "MAX_MEDIA",
-    "QUANTIZATIONS", "UNREAD_FORMATS", "canonical", "layer_names", "read_json_option", "read_media_limits", "with_rope",
+    "CHECKPOINT_FORMATS", "EXECUTORS", "KNOWN_VALUES", "KV_CACHE_DTYPES", "MAX_LOGPROBS", "MAX_MEDIA", "QUANTIZATIONS",
+    "ROUNDINGS", "UNREAD_FORMATS", "canonical", "layer_names", "read_json_option", "read_media_limits", "with_rope",
 ]  # fmt: skip
 
 # Accepted spelling -> scheme name. The spellings are those of peers.
@@ -42,6 +42,12 @@ DTYPES |= {"half": "bfloat16", "float16": "bfloat16"}  # which is said at start
 ROUNDINGS = "nearest", "calibrated"  # of keys in an FP8 cache
 DECODE_ACTIVATIONS = {"auto": "auto", "bf16": "bf16", "bfloat16": "bf16"}
 EXECUTORS = {"mp": "mp", "ray": "ray", "uni": "uni"}
+KNOWN_VALUES = {  # of EngineConfig's fields: accepted spelling -> the value
+    "quantization": QUANTIZATIONS, "kv_cache_dtype": KV_CACHE_DTYPES, "decode_activations": DECODE_ACTIVATIONS, "dtype": DTYPES,
+    "device": {d: d for d in ("auto", "cuda", "cpu")}, "distributed_executor_backend": EXECUTORS,
+    "mm_encoder_tp_mode": {m: m for m in ("weights", "data")}, "kv_cache_rounding": {r: r for r in ROUNDINGS},
+    "load_format": {"auto": "auto", "safetensors": "auto", "dummy": "dummy"},
+}  # fmt: skip
 
 # What vLLM's users pass for a checkpoint that is quantized already.
 CHECKPOINT_FORMATS = ("compressed-tensors", "fbgemm_fp8", "modelopt", "modelopt_mxfp8", "quark", "mxfp8")

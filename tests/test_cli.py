@@ -20,9 +20,10 @@ from cases import cases
 import octavo
 from octavo.cli import engine_config, main, make_parser
 from octavo.command_words import with_dashes
-from octavo.config import KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig, config_fields, flag_of
+from octavo.config import EngineConfig, config_fields, flag_of
 from octavo.errors import OctavoError
 from octavo.flags import COMMANDS
+from octavo.option_values import KV_CACHE_DTYPES, QUANTIZATIONS
 from octavo.server import serve
 from octavo.server.parsers.registry import REASONING_NAMES, TOOL_CALL_NAMES, choose_parser, choose_reasoning_parser
 from octavo.tools.quantize import quantize

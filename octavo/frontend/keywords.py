@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from octavo.config import CHECKPOINT_FORMATS, KV_CACHE_DTYPES, QUANTIZATIONS, UNREAD_FORMATS, canonical, config_fields, flag_of
+from octavo.config import config_fields, flag_of
 from octavo.errors import InvalidRequest, OctavoError
-from octavo.option_values import DTYPES
+from octavo.option_values import CHECKPOINT_FORMATS, DTYPES, KV_CACHE_DTYPES, QUANTIZATIONS, UNREAD_FORMATS, canonical
 from octavo.peer_flags import peer_keyword
 
 __all__ = ["in_keywords", "names_keywords", "taken_keywords"]

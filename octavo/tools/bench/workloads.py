@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from octavo.config import canonical
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.messages import SamplingParams
 from octavo.models import read_config
 from octavo.models.published import KNOWN, known_config
+from octavo.option_values import canonical
 
 __all__ = [
     "GREEDY", "WORKLOADS", "Workload", "model_directory", "parse_sampling", "parse_workloads", "prompts",

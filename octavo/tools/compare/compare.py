@@ -14,10 +14,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.config import KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig, canonical
+from octavo.config import EngineConfig
 from octavo.errors import OctavoError
 from octavo.frontend.loading_bar import LoadingBar
 from octavo.frontend.model_files import with_files
+from octavo.option_values import KV_CACHE_DTYPES, QUANTIZATIONS, canonical
 from octavo.server.console import say
 from octavo.tools.json_numbers import json_text
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from octavo.config import QUANTIZATIONS, EngineConfig, canonical
+from octavo.config import EngineConfig
 from octavo.convert.calibration import WINDOW, Stash, calibrate
 from octavo.convert.output_config import quantization_config
 from octavo.convert.output_directory import MARKER, OutputDirectory
@@ -23,6 +23,7 @@ from octavo.errors import OctavoError
 from octavo.files import KEY_ROUNDING
 from octavo.frontend.model_files import with_files
 from octavo.models import MODEL_TYPES, architecture, read_config
+from octavo.option_values import QUANTIZATIONS, canonical
 from octavo.platform import detect
 from octavo.quant import SCHEMES, QuantRules
 from octavo.quant.checks import check_format
