@@ -21,7 +21,15 @@ from octavo.platform import Platform
 from octavo.quant.checks import cache_format_said
 from octavo.text.tokenizer import Tokenizer
 
-__all__ = ["SCALED", "cache_format", "cache_specs", "calibration_tokens", "check_kv_scales", "set_key_rounding", "set_kv_scales"]
+__all__ = [
+    "SCALED",
+    "cache_format",
+    "cache_specs",
+    "calibration_tokens",
+    "check_kv_scales",
+    "set_key_rounding",
+    "set_kv_scales",
+]
 
 SCALED = ("fp8_e4m3", "fp8_e5m2")  # cache dtypes with a scale for each layer's keys and values
 TEXT = """\

@@ -72,14 +72,14 @@ from octavo.quant import QTensor
 
 __all__ = [
     "CARRIED", "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "DenseParts", "Dispatch", "ExpertLayerParts",
-    "Filters", "FusedDecoder", "HeadNorms", "LayerParts", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product",
-    "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Segments", "Uncombined", "Unscaled", "Unsummed",
+    "Filters", "FusedDecoder", "HeadNorms", "LayerParts", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight",
+    "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Segments", "Uncombined", "Unscaled", "Unsummed",
     "absorbed_queries", "add_gram", "all_gather", "all_reduce", "all_reduce_norm_quantize", "argmax", "argmax_over_ranks",
-    "attend", "attention", "bind", "capture", "captures", "captures_segments", "combine", "compile_ahead",
-    "compile_elsewhere", "decode_variant", "dispatch", "expanded_attention", "experts", "experts_uncombined", "finished",
-    "fuse", "gated_linear", "gelu", "head_linear", "latent_attention", "layer_norm", "linear", "linear_unscaled", "pack",
-    "pack_experts", "project", "rms_norm", "rope_write_kv", "rotate", "round_columns", "round_keys", "route", "sample",
-    "segment_attention", "select_keys", "silu_mul", "table", "write_index_keys", "write_kv", "write_latent",
+    "attend", "attention", "bind", "capture", "captures", "captures_segments", "combine", "compile_ahead", "compile_elsewhere",
+    "decode_variant", "dispatch", "expanded_attention", "experts", "experts_uncombined", "finished", "fuse", "gated_linear",
+    "gelu", "head_linear", "latent_attention", "layer_norm", "linear", "linear_unscaled", "pack", "pack_experts", "project",
+    "rms_norm", "rope_write_kv", "rotate", "round_columns", "round_keys", "route", "sample", "segment_attention",
+    "select_keys", "silu_mul", "table", "write_index_keys", "write_kv", "write_latent",
 ]  # fmt: skip
 
 T = TypeVar("T")

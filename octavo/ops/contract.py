@@ -18,11 +18,10 @@ from octavo.quant.scheme import BLOCK, FEW_TOKENS, Granularity, Scheme, WeightDT
 
 __all__ = [
     "ANY_KIND", "FEW_TOKENS", "FP8_BLOCKS", "FP8_EXACT_FEW", "FP8_ROWS", "FP8_WEIGHTS", "INT4_GROUPS", "LATENT_SCRATCH",
-    "PLAIN", "Activation", "CodeFormat",
-    "DecoderParts", "DenseParts", "Dispatch", "ExpertLayerParts", "Filters", "FusedDecoder", "HeadNorms", "Layer",
-    "LayerParts", "LinearImplementation", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight", "Product", "Quantized", "Reader",
-    "Rope", "Rotation", "Routed", "Router", "Segments", "StackImplementation", "Uncombined", "Unscaled", "Unsummed",
-    "codes_of", "not_taken", "tokens_of", "values_of", "wanted",
+    "PLAIN", "Activation", "CodeFormat", "DecoderParts", "DenseParts", "Dispatch", "ExpertLayerParts", "Filters",
+    "FusedDecoder", "HeadNorms", "Layer", "LayerParts", "LinearImplementation", "MixtureParts", "Norm", "Operand",
+    "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Segments",
+    "StackImplementation", "Uncombined", "Unscaled", "Unsummed", "codes_of", "not_taken", "tokens_of", "values_of", "wanted",
 ]  # fmt: skip
 
 # Scratch memory, in bytes, that an op on latents or index keys may allocate besides its operands and its result: for keys and

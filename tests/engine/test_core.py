@@ -20,8 +20,8 @@ from octavo.config import EngineConfig
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.core import EngineCore
 from octavo.engine.grammar import GrammarSpeed
-from octavo.engine.step_tokens import StepTokens
 from octavo.engine.scheduler import Scheduler
+from octavo.engine.step_tokens import StepTokens
 from octavo.errors import OctavoError
 from octavo.messages import EngineRequest, EngineStats, SamplingParams, TokenOutput
 from octavo.ops.cpu import library

@@ -20,6 +20,7 @@ from octavo.platform import Platform, threads_on
 
 __all__ = ["LayerByLayer"]
 
+
 class LayerByLayer(Generic[Layer]):
     """A decoder's layers for steps of up to the last of `columns` one-token requests.
 
