@@ -66,11 +66,6 @@ class Platform:
         return self._capability >= 9
 
     @property
-    def has_bulk_copies(self) -> bool:
-        """Whether the device has asynchronous bulk copies (TMA)."""
-        return self._capability >= 9
-
-    @property
     def has_warpgroup_mma(self) -> bool:
         """Whether the device has WGMMA, the MMA of a warp group, which only sm_90 has."""
         return self.arch == "sm_90"

@@ -65,20 +65,20 @@ def test_an_amd_gpu_that_this_user_may_not_open(tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_an_architecture_has() -> None:
-    """Dependent launches, bulk copies, matrix instructions of a group of warps, depth of a pipeline, bounded registers."""
+    """Dependent launches, matrix instructions of a group of warps, depth of a pipeline, bounded registers."""
     made = {
-        arch: (p.has_dependent_launch, p.has_bulk_copies, p.has_warpgroup_mma, p.pipeline_depth, p.bounds_registers)
+        arch: (p.has_dependent_launch, p.has_warpgroup_mma, p.pipeline_depth, p.bounds_registers)
         for arch in ("sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950", "avx512")
         for p in [Platform(CPU, arch)]
     }
     assert made == {
-        "sm_89": (False, False, False, 8, True),
-        "sm_90": (True, True, True, 8, True),
-        "sm_100": (True, True, False, 8, True),
-        "sm_120": (True, True, False, 8, True),
-        "gfx942": (False, False, False, 2, False),
-        "gfx950": (False, False, False, 2, False),
-        "avx512": (False, False, False, 2, False),
+        "sm_89": (False, False, 8, True),
+        "sm_90": (True, True, 8, True),
+        "sm_100": (True, False, 8, True),
+        "sm_120": (True, False, 8, True),
+        "gfx942": (False, False, 2, False),
+        "gfx950": (False, False, 2, False),
+        "avx512": (False, False, 2, False),
     }
 
 

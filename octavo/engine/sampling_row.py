@@ -56,8 +56,8 @@ class SamplingRow:
 
     @property
     def adjusted(self) -> bool:
-        """Whether a bias, `min_tokens`, a grammar or bad words change the logits."""
-        return bool(self.params.logit_bias) or self.num_output_tokens < self.params.min_tokens or self.restricted
+        """Whether a bias or `min_tokens` changes the logits."""
+        return bool(self.params.logit_bias) or self.num_output_tokens < self.params.min_tokens
 
     @property
     def restricted(self) -> bool:

@@ -156,7 +156,7 @@ class CausalLM(DecoderLM):
     """A DecoderLM whose layers attend to keys and values (PagedAttention)."""
 
     def limits(self) -> Limits:
-        """Whether graphs can be captured depends on head sizes and loaded weights, so call this after loading."""
+        """`eager` depends on head sizes and on how weights are packed, so it is final once they are loaded."""
         dims = {a.head_dim for a in self.attention_layers()}
         captured = all(ops.captures(dim, self.packed_weights()) for dim in dims)
         return Limits(self.max_len, self.config.vocab_size, None if captured else "an op of it looks at values on the host")

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from octavo.errors import OctavoError
 from octavo.platform import threads_on
 from octavo.weights.checkpoint import Checkpoint, StoredTensor
 
@@ -144,7 +145,10 @@ class ReadAhead:
 
     def _run(self) -> None:
         for tensor in self.order:
-            descriptor = self.checkpoint.descriptor(tensor.file)
+            try:
+                descriptor = self.checkpoint.descriptor(tensor.file)
+            except OctavoError:  # whoever reads the tensor raises it
+                return
             for at in range(tensor.start, tensor.start + tensor.nbytes, ADVICE):
                 size = min(ADVICE, tensor.start + tensor.nbytes - at)
                 with self._condition:

@@ -95,6 +95,20 @@ def test_a_file_that_shrinks_is_one_sentence_and_stops_every_thread(directory: P
     assert not [t for t in threading.enumerate() if t.name.startswith("octavo-read")]
 
 
+def test_a_file_that_is_gone_is_said_by_whoever_reads_it(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And by no thread that reads ahead, whose traceback would be beside that sentence."""
+    failed: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    source = SafetensorsSource(directory)
+    for path in directory.glob("*.safetensors"):
+        path.unlink()
+    source.expect(sorted(source.names))
+    with pytest.raises(OctavoError, match=r"model-1\.safetensors cannot be read: No such file or directory\.$"):
+        source.checkpoint.descriptor("model-1.safetensors")
+    source.close()
+    assert failed == []
+
+
 def test_an_unknown_dtype_is_said(tmp_path: Path) -> None:
     save_file({"a": torch.ones(3, 4, dtype=torch.uint16)}, tmp_path / "model.safetensors")
     source = SafetensorsSource(tmp_path)
