@@ -37,16 +37,16 @@ class GrammarCompiler:
         if eos_token_ids not in self._tokenizers:
             if no_tokenizer(self.directory):
                 raise OctavoError(f"structured output needs a tokenizer, and {self.directory} has no tokenizer.json.")
-            definition = read_tokenizer(self.directory).to_str()
-            self._tokenizers[eos_token_ids] = LLTokenizer(
-                definition, n_vocab=self.vocab_size, eos_token=sorted(eos_token_ids) or None
-            )
-        matcher = LLMatcher(self._tokenizers[eos_token_ids], grammar, log_level=0, limits=LLParserLimits(**LIMITS))
+            read = read_tokenizer(self.directory)
+            size = max(self.vocab_size, *(token + 1 for token in read.get_vocab().values()))  # it may have more than the model
+            self._tokenizers[eos_token_ids] = LLTokenizer(read.to_str(), n_vocab=size, eos_token=sorted(eos_token_ids) or None)
+        tokenizer = self._tokenizers[eos_token_ids]
+        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
         if matcher.is_error():
             raise InvalidRequest(
                 f"the grammar of the structured output does not compile: {matcher.get_error()}", "response_format"
             )
-        return Grammar(matcher, self.vocab_size)
+        return Grammar(matcher, self.vocab_size, tokenizer.vocab_size)
 
 
 @dataclass(slots=True)
@@ -57,17 +57,17 @@ class GrammarSpeed:
 
 
 class Grammar:
-    """The grammar state of one sequence."""
+    """The grammar state of one sequence of a model of `vocab_size` tokens. tokens: of the tokenizer, as many at least."""
 
-    def __init__(self, matcher: Any, vocab_size: int, speed: GrammarSpeed | None = None):
+    def __init__(self, matcher: Any, vocab_size: int, tokens: int, speed: GrammarSpeed | None = None):
         self._matcher, self.speed = matcher, speed or GrammarSpeed()
-        self._bits = np.zeros((vocab_size + 31) // 32, dtype=np.uint32)
+        self._bits = np.zeros((tokens + 31) // 32, dtype=np.uint32)
         self._forbidden: Tensor | None = None  # the mask of the present state, if computed
-        self.vocab_size = vocab_size
+        self.vocab_size, self._tokens = vocab_size, tokens
 
     def copy(self) -> Grammar:
         """A copy in the same state."""
-        other = Grammar(self._matcher.deep_copy(), self.vocab_size, self.speed)
+        other = Grammar(self._matcher.deep_copy(), self.vocab_size, self._tokens, self.speed)
         other._forbidden = self._forbidden
         return other
 

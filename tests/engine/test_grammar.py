@@ -187,6 +187,15 @@ def test_a_model_with_more_rows_than_tokens():
     assert not forbidden.all()
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model():
+    """Such as one with a token for padding that config.json does not count: the model samples none of them."""
+    found = GrammarCompiler(MODEL_DIR, 300).compile(serialize(StructuredOutput("regex", "[0-9]+")), EOS)
+    whole = GrammarCompiler(MODEL_DIR, 4096).compile(serialize(StructuredOutput("regex", "[0-9]+")), EOS)
+    for grammar in (found, found.copy()):
+        assert torch.equal(grammar.forbidden(), whole.forbidden()[:300])
+    assert not found.forbidden().all()
+
+
 def test_many_choices_are_an_automaton(llm):
     """As alternatives of a rule, 2,000 were too many items and the engine of grammars gave up after the first token."""
     choices = [f"item {i} é{i * 7}" for i in range(5_000)]
