@@ -32,21 +32,31 @@ class GrammarCompiler:
 
     def compile(self, grammar: str, eos_token_ids: frozenset[int]) -> Grammar:
         """`grammar` is in llguidance's format. Raises InvalidRequest if it does not compile with this vocabulary."""
-        from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+        from llguidance import LLMatcher, LLParserLimits
 
-        if eos_token_ids not in self._tokenizers:
-            if no_tokenizer(self.directory):
-                raise OctavoError(f"structured output needs a tokenizer, and {self.directory} has no tokenizer.json.")
-            read = read_tokenizer(self.directory)
-            size = max(self.vocab_size, *(token + 1 for token in read.get_vocab().values()))  # it may have more than the model
-            self._tokenizers[eos_token_ids] = LLTokenizer(read.to_str(), n_vocab=size, eos_token=sorted(eos_token_ids) or None)
-        tokenizer = self._tokenizers[eos_token_ids]
+        tokenizer = self._tokenizer(eos_token_ids)
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
         if matcher.is_error():
             raise InvalidRequest(
                 f"the grammar of the structured output does not compile: {matcher.get_error()}", "response_format"
             )
         return Grammar(matcher, self.vocab_size, tokenizer.vocab_size)
+
+    def _tokenizer(self, eos_token_ids: frozenset[int]) -> Any:
+        """llguidance's form of the tokenizer. Raises OctavoError where there is none, or of a kind that it does not read."""
+        from llguidance import LLTokenizer
+
+        if eos_token_ids not in self._tokenizers:
+            if no_tokenizer(self.directory):
+                raise OctavoError(f"structured output needs a tokenizer, and {self.directory} has no tokenizer.json.")
+            read = read_tokenizer(self.directory)
+            size = max(self.vocab_size, *(token + 1 for token in read.get_vocab().values()))  # it may have more than the model
+            try:
+                made = LLTokenizer(read.to_str(), n_vocab=size, eos_token=sorted(eos_token_ids) or None)
+            except ValueError as error:
+                raise OctavoError(f"structured output cannot be had with this model's tokenizer: {error}.") from None
+            self._tokenizers[eos_token_ids] = made
+        return self._tokenizers[eos_token_ids]
 
 
 @dataclass(slots=True)

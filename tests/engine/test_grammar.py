@@ -14,6 +14,7 @@ import torch
 from cases import cases
 from conftest import COMMON
 from llguidance import LLMatcher, LLTokenizer
+from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import LLM
@@ -175,6 +176,13 @@ def test_without_a_tokenizer(tmp_path):
     compiler = GrammarCompiler(tmp_path, 4096)
     with pytest.raises(OctavoError, match=r"structured output needs .*tokenizer\.json"):
         compiler.compile(serialize(StructuredOutput("json_object")), EOS)
+
+
+def test_a_tokenizer_that_llguidance_does_not_read(tmp_path):
+    """Its error, which ended the engine, is the request's."""
+    Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, "[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(OctavoError, match=r"^structured output cannot be had with this model's tokenizer: .*decoder.*\.$"):
+        GrammarCompiler(tmp_path, 2).compile(serialize(StructuredOutput("json_object")), EOS)
 
 
 def test_a_model_with_more_rows_than_tokens():
