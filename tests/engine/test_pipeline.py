@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import tokens
 from engine.replays import capture
-from engine.test_core import ENGINE, request
+from engine.test_core import ENGINE, request, run, token_ids
 from engine.test_ranks import answers, asked, checkpoint, lives, structured
 from models.test_logits import llama, randomize
 from rank_processes import RankProcesses
@@ -81,9 +81,9 @@ def test_stages_say_what_one_rank_says(ranks: Run, tmp_path: Path) -> None:
     assert not failed, "\n".join(failed)
 
 
-def ahead(place: Place, *args: Any) -> Any:
-    """`answers` of a stage that does as on an accelerator: it replays decode and prefill graphs, and computes tokens before a
-    host has read them."""
+def ahead(place: Place, fn: Callable[..., Any], *args: Any) -> Any:
+    """What `fn` gives of a stage that does as on an accelerator: it replays decode and prefill graphs, and computes tokens
+    before a host has read them."""
 
     def make_graphs(runner: ModelRunner) -> None:
         runner.num_blocks -= 1  # the scratch block
@@ -96,7 +96,7 @@ def ahead(place: Place, *args: Any) -> Any:
         monkeypatch.setattr(ModelRunner, "_make_graphs", make_graphs)
         monkeypatch.setattr(ops, "capture", capture)
         monkeypatch.setattr(ops, "captures", lambda head_dim, weights, latent=False: not latent)
-        return answers(place, *args)
+        return fn(place, *args)
 
 
 class Line:
@@ -145,12 +145,25 @@ def test_graphs_of_stages_and_tokens_that_go_back_to_the_first(ranks: Run, tmp_p
         path, wanted = checkpoint(model_type, tmp_path / model_type), asked(model_type)
         one = answers(Place(), path, wanted, {})
         for tp, pp in splits:
-            found = ranks(tp * pp, ahead, path, wanted, split(tp, pp))
+            found = ranks(tp * pp, ahead, answers, path, wanted, split(tp, pp))
             failed += [f"{model_type}, {tp} x {pp}, rank {n}" for n, each in enumerate(found) if each.tokens != one.tokens]
             failed += [
                 f"{model_type}, {tp} x {pp}: {what}" for what in found[0].differences(one, tp * pp) if what == "probabilities"
             ]
     assert not failed, "\n".join(failed)
+
+
+def chunked(place: Place, path: str, options: dict[str, Any]) -> dict[str, list[int]]:
+    """Tokens of a request that decodes beside a prompt in chunks, whose probabilities are asked for."""
+    core = EngineCore(EngineConfig(**dict(model=path, max_num_batched_tokens=8) | ENGINE | options), None, place)
+    decoded = request("decoded", [5, 6, 7], temperature=0, max_tokens=30)
+    asked = request("asked", tokens(60, seed=5), temperature=0, prompt_logprobs=2, max_tokens=3)
+    return token_ids(run(core, [decoded, asked], apart=3)[0])
+
+
+def test_chunks_whose_probabilities_are_asked_for_beside_tokens_on_their_way(ranks: Run, tmp_path: Path) -> None:
+    path = checkpoint("llama", tmp_path)
+    assert ranks(2, ahead, chunked, path, split(1, 2)) == [chunked(Place(), path, {})] * 2
 
 
 def held(place: Place, path: str, options: dict[str, Any]) -> tuple[int, int, int]:
