@@ -11,9 +11,9 @@ from octavo.option_checks import check_options
 from octavo.option_types import typed
 from octavo.option_values import (
     EXECUTORS,
-    KNOWN_VALUES,
     MAX_MEDIA,
     ROUNDINGS,
+    SPELLINGS,
     canonical,
     layer_names,
     read_json_option,
@@ -171,7 +171,7 @@ class EngineConfig:
         None,
         "mp: ranks are this command's processes; ray: a Ray cluster's actors; uni: mp, of one rank",
         group=NODES,
-        values=tuple(EXECUTORS),
+        values=EXECUTORS,
     )
     trust_remote_code: bool = option(False, "Octavo never runs a model's code", group=IGNORED)
     limit_mm_per_prompt: str | Mapping[str, int] | None = option(
@@ -266,7 +266,8 @@ class EngineConfig:
             put("max_model_len", None)
         put("override_generation_config", read_json_option("--override-generation-config", self.override_generation_config))
         put("hf_overrides", with_rope(self.hf_overrides, self.rope_scaling, self.rope_theta))
-        for name, known in KNOWN_VALUES.items():
+        shown = {one.name: {value: value for value in one.metadata.get("values", ())} for one in fields(self)}
+        for name, known in ({name: values for name, values in shown.items() if values} | SPELLINGS).items():
             if (given := getattr(self, name)) is not None:
                 put(name, canonical(flag_of(name), given, known))
         for name in ("quantization_ignore", "allowed_media_domains", "kv_cache_dtype_skip_layers"):

@@ -10,8 +10,8 @@ from typing import Any
 from octavo.errors import OctavoError
 
 __all__ = [
-    "CHECKPOINT_FORMATS", "EXECUTORS", "KNOWN_VALUES", "KV_CACHE_DTYPES", "MAX_LOGPROBS", "MAX_MEDIA", "QUANTIZATIONS",
-    "ROUNDINGS", "UNREAD_FORMATS", "canonical", "layer_names", "read_json_option", "read_media_limits", "with_rope",
+    "CHECKPOINT_FORMATS", "EXECUTORS", "KV_CACHE_DTYPES", "MAX_LOGPROBS", "MAX_MEDIA", "QUANTIZATIONS", "ROUNDINGS",
+    "SPELLINGS", "UNREAD_FORMATS", "canonical", "layer_names", "read_json_option", "read_media_limits", "with_rope",
 ]  # fmt: skip
 
 # Accepted spelling -> scheme name. The spellings are those of peers.
@@ -41,11 +41,9 @@ DTYPES = {"auto": "auto", "bfloat16": "bfloat16", "bf16": "bfloat16", "float32":
 DTYPES |= {"half": "bfloat16", "float16": "bfloat16"}  # which is said at start
 ROUNDINGS = "nearest", "calibrated"  # of keys in an FP8 cache
 DECODE_ACTIVATIONS = {"auto": "auto", "bf16": "bf16", "bfloat16": "bf16"}
-EXECUTORS = {"mp": "mp", "ray": "ray", "uni": "uni"}
-KNOWN_VALUES = {  # of EngineConfig's fields: accepted spelling -> the value
+EXECUTORS = "mp", "ray", "uni"
+SPELLINGS = {  # of the fields of EngineConfig whose values have more than the command line shows: spelling -> the value
     "quantization": QUANTIZATIONS, "kv_cache_dtype": KV_CACHE_DTYPES, "decode_activations": DECODE_ACTIVATIONS, "dtype": DTYPES,
-    "device": {d: d for d in ("auto", "cuda", "cpu")}, "distributed_executor_backend": EXECUTORS,
-    "mm_encoder_tp_mode": {m: m for m in ("weights", "data")}, "kv_cache_rounding": {r: r for r in ROUNDINGS},
     "load_format": {"auto": "auto", "safetensors": "auto", "dummy": "dummy"},
 }  # fmt: skip
 
