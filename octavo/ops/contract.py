@@ -329,8 +329,8 @@ class LayerParts(Generic[Mlp]):
 
     def at(self, tokens: int) -> Self:
         """The layer as it multiplies so many tokens."""
-        qkv, o, gate_up, down = (w.at(tokens) for w in self.weights)
-        return replace(self, qkv=qkv, o=o, gate_up=gate_up, down=down)
+        gate_up, down = self.gate_up.at(tokens), self.down.at(tokens)
+        return replace(self, qkv=self.qkv.at(tokens), o=self.o.at(tokens), gate_up=gate_up, down=down)
 
 
 @dataclass(frozen=True)
