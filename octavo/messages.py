@@ -59,6 +59,7 @@ class StructuredOutput:
     kind: GrammarKind
     grammar: str = ""  # a JSON schema as text, a regular expression, or a Lark grammar; empty for json_object
     param: str = field(default="structured", compare=False)  # the request field that set it, for error messages
+    llguidance: str | None = field(default=None, compare=False, repr=False)  # the same in llguidance's format, once it was read
 
     def __post_init__(self) -> None:
         if len(self.grammar) > MAX_GRAMMAR:

@@ -45,8 +45,7 @@ async def begin(served: Served, request: ChatRequest, response_id: str) -> ChatJ
     """Sends the request to the engine. What it holds here of images ends with this call and not with the answer."""
     tools = ChatTools(served, request)
     text, prompt, placed, held = await read_chat(served, request, tools.form)
-    params = _params(served, request, tools, len(prompt))
-    await served.validate(params.structured)
+    params = await served.with_grammar(_params(served, request, tools, len(prompt)))
     tap = Tap()
     deltas = served.generate(prompt, params, response_id, request.cache_salt, placed, tap)
     job = ChatJob(served, request, response_id, _Prompt(text, prompt), deltas, params, tools, tap)

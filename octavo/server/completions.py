@@ -41,8 +41,7 @@ async def complete(served: Served, request: CompletionRequest, request_id: str) 
             "prompt",
         )
     prompts = await _ids(served, given, request)
-    params = _params(served, request, max(map(len, prompts)))
-    await served.validate(params.structured)
+    params = await served.with_grammar(_params(served, request, max(map(len, prompts))))
     response_id = f"cmpl-{request.request_id or request_id}"
     tap = Tap() if len(prompts) == 1 else None  # the deltas of several are merged, in which they must not overtake one another
     streams = []
