@@ -169,7 +169,8 @@ class ChatJob:
         self.prompt_fields |= {"prompt_text": prompt.text} if request.return_prompt_text else {}
         self.head = {"id": response_id, "created": int(time.time()), "model": request.model or served.names[0]}
         ids = id_maker(served.tool_parser, sum(len(one.get("tool_calls") or ()) for one in request.messages))
-        self.readers = [MessageReader(tools.reader(), self._splitter(prompt.text), ids) for _ in range(params.n)]
+        how = ids, request.parallel_tool_calls
+        self.readers = [MessageReader(tools.reader(), self._splitter(prompt.text), *how) for _ in range(params.n)]
         self.prompt_logprobs: list[Any] | None = None
         if any(reader.splits for reader in self.readers):
             self.usage.reasoning_tokens = 0
