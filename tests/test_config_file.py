@@ -69,7 +69,7 @@ root-path: 1:30
     ("text", "sentence"),
     [
         ("max-model-len: long", "max-model-len: argument --max-model-len: invalid integer value: 'long'."),
-        ("max-mdel-len: 1", "max-mdel-len is not a flag that it can have; did you mean max-model-len (see octavo serve --help)."),
+        ("max-mdel-len: 1", "max-mdel-len is not a flag that it can have; did you mean max-model-len (see octavo serve --"),
         ("help: true", "help is not a flag that it can have (see octavo serve --help)."),
         ("config: x", "config is not a flag that it can have (see octavo serve --help)."),
         ("seed: 1\nseed: 2", "seed is given twice; give it once."),

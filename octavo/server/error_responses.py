@@ -166,9 +166,7 @@ def _path(error: Any, data: Any) -> list[str | int]:
     """Where in the body the field is. pydantic names alternatives, too, and the keys of an object apart."""
     path: list[str | int] = []
     for part in error["loc"]:
-        if isinstance(data, dict) and part in data:
-            data = data[part]
-        elif isinstance(data, list) and isinstance(part, int):
+        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
             data = data[part]
         elif error["type"] != "missing" or part != error["loc"][-1]:
             continue
@@ -178,7 +176,8 @@ def _path(error: Any, data: Any) -> list[str | int]:
 
 def _predicate(error: Any) -> str:
     known = _PREDICATES.get(error["type"], "is not valid ({reason})")
-    said = known.format(reason=error["msg"], **error.get("ctx", {})).replace("be True", "be true").replace("be False", "be false")
+    said = known.format(reason=error["msg"], **error.get("ctx", {}))
+    said = said.replace("be True", "be true").replace("be False", "be false")  # as JSON has them
     return f"has a key that {said}" if error["loc"][-1:] == ("[key]",) else said
 
 

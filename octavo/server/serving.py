@@ -192,8 +192,8 @@ class Served:
         return SamplingParams(**{**recommended, **given, **asked, **fixed})
 
     async def with_grammar(self, params: SamplingParams) -> SamplingParams:
-        """The parameters, with the grammar of their structured output as the engine takes it. Raises InvalidRequest for one that
-        cannot be used.
+        """The parameters, with the grammar of their structured output as the engine takes it. Raises InvalidRequest for one
+        that cannot be used.
 
         A side process reads it, since a few lines of schema or grammar may ask for any amount of computing and memory.
         """

@@ -279,7 +279,8 @@ def test_a_chat_with_calls(make_client: MakeClient) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
 def test_of_calls_that_may_not_be_parallel_the_first_is_told(make_client: MakeClient, path: str) -> None:
-    client = make_client(f"Wait. <tool_call>{call('f', A)}</tool_call>\n<tool_call>{call('g', B)}</tool_call>", tool_parser="hermes")
+    text = f"Wait. <tool_call>{call('f', A)}</tool_call>\n<tool_call>{call('g', B)}</tool_call>"
+    client = make_client(text, tool_parser="hermes")
     if path == "/v1/chat/completions":
         asked = {"tools": TOOLS, "parallel_tool_calls": False}
         told = client.chat(**asked)["choices"][0]
