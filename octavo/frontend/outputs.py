@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from octavo.messages import EngineRequest, FinishReason, Logprob, Logprobs, TokenOutput
@@ -21,7 +22,7 @@ class Delta:
     logprobs: list[Logprobs] | None = None  # one entry per token in token_ids
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop string or stop token
-    prompt_logprobs: list[Logprobs | None] | None = None
+    prompt_logprobs: Sequence[Logprobs | None] | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     offsets: list[int] | None = None  # with logprobs: where each token's text begins in the whole, including what is held back

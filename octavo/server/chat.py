@@ -217,8 +217,11 @@ class ChatJob:
                 if piece.index not in self._begun:
                     self._begun.add(piece.index)
                     choices = [_choice(piece.index, {"delta": {"role": "assistant", "content": ""}}, None, None)]
-                    extras = stream_extras(self.request, self.usage)
-                    yield Chunk(self._chunk_head, {"choices": choices, **extras, **first_fields})
+                    first = {"choices": choices, **stream_extras(self.request, self.usage), **first_fields}
+                    if piece.index or self.prompt_logprobs is None:
+                        yield Chunk(self._chunk_head, first)
+                    else:  # they may be megabytes, and come with the first choice
+                        yield {**self.head, "object": _CHUNK, **first, "prompt_logprobs": self.prompt_logprobs}
                     first_fields = {}
                 yield self._chunk(piece)
         if self.request.stream_options.include_usage:

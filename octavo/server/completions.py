@@ -176,7 +176,8 @@ class _Job:
     async def _events(self) -> AsyncGenerator[Event, None]:
         async with aclosing(self._deltas()) as deltas:
             async for number, delta in deltas:
-                yield self._chunk(number, delta)
+                chunk = self._chunk(number, delta)
+                yield chunk if delta.prompt_logprobs is None else {**self.head, **chunk.rest}  # which may be megabytes
         if self.request.stream_options.include_usage:
             yield {**self.head, "choices": [], "usage": self.usage.dict()}
 
@@ -185,7 +186,7 @@ class _Job:
 
     def _write(self, writer: Writer, delta: Delta) -> bool:
         """Writes the chunk of a delta that is not its choice's last. Only of a request with one prompt."""
-        if not writer.ready:
+        if not writer.ready or delta.prompt_logprobs is not None:
             return False
         if not self._uniform or delta.index not in self.starts:
             writer.write(encoded(self._chunk(0, delta)))

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 from cases import cases
 from server.api_client import Client
+from server.processes import slowness
 
-from octavo.messages import MAX_GRAMMAR
+from octavo.messages import MAX_GRAMMAR, Logprob
 from octavo.server import structured
 from octavo.server.app import make_app
 from octavo.text import llguidance_grammar
+from octavo.token_logprobs import PackedLogprobs
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 TOO_MUCH: list[tuple[dict[str, Any], str]] = [
     ({"stop": [f"never {i}" for i in range(10_000)], "n": 128}, "stop has 10000 entries; at most 256 are served."),
@@ -142,6 +148,27 @@ def test_a_large_grammar_under_the_bound(client: Client) -> None:
         pause, response = longest_pause(client, {"prompt": "a", **asked})
         assert response.status_code == 200
         assert pause < 3  # a busy machine's bound
+
+
+@cases(("path", "more"), [(COMPLETIONS, {"prompt_logprobs": 20}), (COMPLETIONS, {"echo": True, "logprobs": 20}), (CHAT, {})])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_loop_goes_on_while_a_long_prompt_s_logprobs_are_told(
+    client: Client, monkeypatch: pytest.MonkeyPatch, stream: bool, path: str, more: dict[str, Any]
+) -> None:
+    prompt = [5] * 30_000
+    entry = tuple(Logprob(number, -0.25 * number, number + 1) for number in range(21))
+    known = PackedLogprobs.of([None, *[entry] * (len(prompt) - 1)])
+    client.engine.info = replace(client.engine.info, max_model_len=len(prompt) + 1000)
+    monkeypatch.setattr(client.engine, "_prompt_logprobs", lambda *_: known)
+    asked: dict[str, Any] = {"prompt": prompt, **more}
+    if path == CHAT:
+        asked = {"messages": [{"role": "user", "content": "hi"}], "prompt_logprobs": 20}
+    pause, response = longest_pause(client, {"max_tokens": 2, "stream": stream, **asked}, path)
+    first = json.loads(response.text.partition("data: ")[2].partition("\n")[0]) if stream else response.json()
+    told = first if path == CHAT else first["choices"][0]
+    values = told["prompt_logprobs"] if "prompt_logprobs" in told else told["logprobs"]["top_logprobs"][: len(prompt)]
+    assert (len(values), values[0], len(values[-1])) == (len(prompt), None, 21)
+    assert pause < 0.4 * slowness()
 
 
 def test_an_error_is_one_short_line(client: Client) -> None:
