@@ -320,7 +320,7 @@ def test_a_caller_who_leaves_while_answers_are_awaited_takes_it_back(mode: str, 
         if asleep:
             with pytest.raises(OctavoError, match="sleeps"):
                 await running
-            while 'sleep_state="weights_offloaded"} 1.0' not in served.metrics.text().decode():
+            while 'sleep_state="weights_offloaded"} 1.0' not in (await served.metrics.text()).decode():
                 await asyncio.sleep(0.01)
             assert operations.asleep
         else:
