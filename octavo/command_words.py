@@ -11,9 +11,11 @@ from typing import Any, NoReturn
 
 from octavo.errors import OctavoError
 from octavo.files import read_text
+from octavo.flags import nearest
 
 __all__ = ["with_config_file", "with_dashes", "words_of_flags"]
 
+_INTEGER, _NUMBER = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _DOTTED = re.compile(r"(--?[A-Za-z][\w-]*)\.([A-Za-z_][\w.-]*)(?:=(.*))?", re.DOTALL)
 
 
@@ -69,12 +71,21 @@ def words_of_flags(
 ) -> list[str]:
     """The words of flags without their dashes -> their values, but for those `given` already. Raises OctavoError that names
     `source` and the flag."""
-    actions, words = parser._option_string_actions, list[str]()
+    words, seen = list[str](), dict[argparse.Action, Any]()
+    known = {
+        name.removeprefix("--"): action
+        for name, action in parser._option_string_actions.items()
+        if name != "--config" and not isinstance(action, argparse._HelpAction)
+    }
     for key, value in flags.items():
-        flag = "--" + str(key).replace("_", "-")
-        where = f"{source}: {key}"
-        if flag == "--config" or (action := actions.get(flag)) is None or isinstance(action, argparse._HelpAction):
-            raise OctavoError(f"{where} is not a flag that it can have; see octavo serve --help.")
+        where, name = f"{source}: {key}", str(key).replace("_", "-")
+        flag = f"--{name}"
+        if (action := known.get(name)) is None:
+            near = nearest(name, (name for name, action in known.items() if action.help != argparse.SUPPRESS))
+            raise OctavoError(f"{where} is not a flag that it can have{near} (see octavo serve --help).")
+        if action in seen:
+            raise OctavoError(f"{where} is the same flag as {seen[action]}; give one of them.")
+        seen[action] = key
         made = _words_of(where, flag, action, value)
         try:
             _, left = _known(parser, made)
@@ -101,32 +112,61 @@ def _config_of(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _read(path: str) -> dict[Any, Any]:
+    """A flag -> its value: numbers are the text that stands there, as a command line has them, but within objects, which are
+    handed on as JSON."""
     import yaml
 
     if (text := read_text(Path(path))) is None:
         raise OctavoError(f"--config {path} cannot be read: there is no such file.")
     try:
-        found = yaml.safe_load(text)
+        loader = _loader(text)
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            raise OctavoError(f"--config {path} must hold flags as keys, such as `max-model-len: 8192`.")
+        keys = [key.value for key, _ in root.value]
+        if twice := [key for place, key in enumerate(keys) if key in keys[:place]]:
+            raise OctavoError(f"--config {path}: {twice[0]} is given twice; give it once.")
+        for _, value in root.value:
+            for scalar in (value, *(value.value if isinstance(value, yaml.SequenceNode) else ())):
+                if scalar.tag in (_INTEGER, _NUMBER):
+                    scalar.tag = "tag:yaml.org,2002:str"
+        return dict(loader.construct_document(root))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise OctavoError(f"--config {path} is not valid YAML ({' '.join(str(error).split())}).") from None
-    if not isinstance(found, dict):
-        raise OctavoError(f"--config {path} must hold flags as keys, such as `max-model-len: 8192`.")
-    return found
+
+
+def _loader(text: str) -> Any:
+    """PyYAML's, with the numbers of YAML 1.2. By itself it reads 1.1, where 1e6 is a text, 0123 is 83 and 1:30 is 90."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's convention)
+            first: [(tag, pattern) for tag, pattern in listed if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+            for first, listed in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    number = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
+    Loader.add_implicit_resolver(_INTEGER, re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+    Loader.add_implicit_resolver(_NUMBER, number, list("-+.0123456789"))
+    Loader.add_constructor(_INTEGER, lambda loader, node: int(node.value))
+    Loader.add_constructor(_NUMBER, lambda loader, node: float(node.value))
+    return Loader(text)
 
 
 def _words_of(where: str, flag: str, action: argparse.Action, value: Any) -> list[str]:
-    if value is None:  # such as a secret that was not filled in; an empty --api-key would lock nothing
+    values = value if isinstance(value, list) and action.nargs in ("+", "*") else [value]
+    if None in values:  # such as a secret that was not filled in; an empty --api-key would lock nothing
         raise OctavoError(f"{where} is empty; give it a value, or leave it out.")
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
-            raise OctavoError(f"{where} must be true or false, not {json.dumps(value, default=str)[:80]}.")
+            told = value if isinstance(value, str) else json.dumps(value, default=str)
+            raise OctavoError(f"{where} must be true or false, not {told[:80]}.")
         negated = f"--no-{flag[2:]}"
         return [flag] if value else [negated] if negated in action.option_strings else []
-    if isinstance(value, bool):
-        raise OctavoError(f"{where} needs a value, and {json.dumps(value)} is none.")
-    if isinstance(value, list) and action.nargs in ("+", "*"):
-        return [flag, *map(str, value)]
-    return [f"{flag}={value if isinstance(value, str) else json.dumps(value, default=str)}"]
+    if (flat := next((one for one in values if isinstance(one, bool)), None)) is not None:
+        raise OctavoError(f"{where} needs a value, and {json.dumps(flat)} is none.")
+    texts = [one if isinstance(one, str) else json.dumps(one, default=str) for one in values]
+    return [flag, *texts] if values is value else [f"{flag}={texts[0]}"]
 
 
 def _known(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.Namespace, list[str]]:

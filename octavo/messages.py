@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from octavo.errors import InvalidRequest
 from octavo.images import PlacedImage
+from octavo.token_logprobs import Logprob, Logprobs, PackedLogprobs
 
 __all__ = [
     "CONTROLS",
@@ -59,6 +60,7 @@ class StructuredOutput:
     kind: GrammarKind
     grammar: str = ""  # a JSON schema as text, a regular expression, or a Lark grammar; empty for json_object
     param: str = field(default="structured", compare=False)  # the request field that set it, for error messages
+    llguidance: str | None = field(default=None, compare=False, repr=False)  # the same in llguidance's format, once it was read
 
     def __post_init__(self) -> None:
         if len(self.grammar) > MAX_GRAMMAR:
@@ -181,18 +183,6 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Logprob:
-    """One token's log-probability (natural log, of the raw logits) and its rank; the most probable token has rank 1."""
-
-    token_id: int
-    logprob: float
-    rank: int
-
-
-Logprobs = tuple[Logprob, ...]  # the sampled token first, then the most probable ones in order
-
-
-@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One sequence to generate, as the engine sees it (n > 1 makes several of these).
 
@@ -219,14 +209,15 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token or string that ended it; None for EOS
     logprobs: list[Logprobs] | None = None  # one entry per token in token_ids
-    prompt_logprobs: list[Logprobs | None] | None = None  # with the first token only; None for the first prompt token
+    prompt_logprobs: Sequence[Logprobs | None] | None = None  # with the first token only; None for the first prompt token
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     num_preemptions: int = 0
     error: str | None = None  # why the engine cannot continue the request
 
     def __reduce__(self) -> tuple[type[TokenOutput], tuple[Any, ...]]:
         """One is pickled a token: by its arguments, in a fifth of the time of a dataclass with slots."""
-        given = (self.request_id, self.token_ids, self.finish_reason, self.stop_reason, self.logprobs, self.prompt_logprobs)
+        prompt = None if self.prompt_logprobs is None else PackedLogprobs.of(self.prompt_logprobs)
+        given = (self.request_id, self.token_ids, self.finish_reason, self.stop_reason, self.logprobs, prompt)
         rest = (self.num_cached_tokens, self.num_preemptions, self.error)
         return TokenOutput, given if rest == (0, 0, None) else given + rest
 

@@ -34,7 +34,7 @@ from octavo.frontend.engine_start import EngineDead
 from octavo.frontend.model_files import with_files
 from octavo.frontend.router import MORE, Prefixes, start_engine
 from octavo.server.error_responses import ApiError, error_body
-from octavo.server.serve import add_arguments, api_keys, prepared, read_template
+from octavo.server.serve import add_arguments, api_keys, check_flags, prepared, read_template
 
 __all__ = ["Engine", "Front", "PrefixRouter", "WrongArgs", "app", "by_waiting", "chunks_of_body"]
 
@@ -44,6 +44,10 @@ WAITING = 16  # requests that wait in engines, for which one replica more is sta
 IDLE_PART = 0.4  # of the replicas that would be left: load below which one is ended
 RETRY_SECONDS = 120.0  # for which a request whose answer has not begun is tried again
 RETRY_PAUSE = 0.5
+OF_HTTP_SERVER = (
+    "host", "port", "uds", "client-timeout", "shutdown-timeout", "uvicorn-log-level", "disable-uvicorn-access-log",
+    "ssl-certfile", "ssl-keyfile", "ssl-ca-certs", "ssl-cert-reqs", "ssl-ciphers",
+)  # fmt: skip
 SCOPE = (
     "type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers", "client", "server",
 )  # fmt: skip
@@ -235,7 +239,10 @@ def app(args: Mapping[str, Any]) -> Any:
     parser = make_parser("serve", add_arguments)
     try:
         words = words_of_flags(parser, {key: value for key, value in args.items() if key != "deployments"}, "args")
-        engine_config(parser.parse_intermixed_args(words), downloads=False)
+        if own := [key for key in args if str(key).replace("_", "-") in OF_HTTP_SERVER]:
+            raise OctavoError(f"args: {own[0]} is for octavo serve's own HTTP server; Ray Serve's has http_options.")
+        parsed = parser.parse_intermixed_args(words)
+        check_flags(parsed, engine_config(parsed, downloads=False))
     except OctavoError as error:
         raise WrongArgs(str(error)) from None
     front: Any = Front  # deployments, of which mypy sees the classes

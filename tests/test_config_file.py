@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -47,13 +48,34 @@ swap-space: 4
     assert (config.model, config.seed, config.quantization) == ("MODEL", 1, "ptpc_fp8")
 
 
+def test_values_are_as_they_are_written(tmp_path: Path) -> None:
+    """But for objects, whose numbers are JSON's. YAML 1.1 has 83 for 0123, 90 for 1:30, and a text for 1e6."""
+    text = """
+hf-overrides: {rope_theta: 1e6, a: [.5, 12, -3.0E-2], b: 0123, c: "1e6", d: 2024-05-01}
+served-model-name: [1.10, 1e5, 2024-05-01]
+api-key: 01234567
+revision: 12e4567
+root-path: 1:30
+"""
+    args = parse(tmp_path / "c.yaml", text)
+    assert json.loads(args.hf_overrides) == {
+        "rope_theta": 1e6, "a": [0.5, 12, -0.03], "b": 123, "c": "1e6", "d": "2024-05-01",
+    }  # fmt: skip
+    assert (args.served_model_name, args.api_key) == (["1.10", "1e5", "2024-05-01"], ["01234567"])
+    assert (args.revision, args.root_path) == ("12e4567", "/1:30")
+
+
 @cases(
     ("text", "sentence"),
     [
         ("max-model-len: long", "max-model-len: argument --max-model-len: invalid integer value: 'long'."),
-        ("max-mdel-len: 1", "max-mdel-len is not a flag that it can have; see octavo serve --help."),
-        ("help: true", "help is not a flag that it can have; see octavo serve --help."),
-        ("config: x", "config is not a flag that it can have; see octavo serve --help."),
+        ("max-mdel-len: 1", "max-mdel-len is not a flag that it can have; did you mean max-model-len (see octavo serve --"),
+        ("help: true", "help is not a flag that it can have (see octavo serve --help)."),
+        ("config: x", "config is not a flag that it can have (see octavo serve --help)."),
+        ("seed: 1\nseed: 2", "seed is given twice; give it once."),
+        ("max-model-len: 1\nmax_model_len: 2", "max_model_len is the same flag as max-model-len; give one of them."),
+        ("api-key: [one, null]", "api-key is empty; give it a value, or leave it out."),
+        ("served-model-name: [a, yes]", "served-model-name needs a value, and true is none."),
         ("enforce-eager: 1", "enforce-eager must be true or false, not 1."),
         ("quantization-ignore: [-x]", "quantization-ignore: argument --quantization-ignore: expected at least one argument."),
         ("allowed-origins: [a, -x]", "allowed-origins: -x cannot be a value."),

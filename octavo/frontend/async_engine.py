@@ -79,7 +79,7 @@ class AsyncEngine:
             engine.info = await engine._ready
             engine.images = await asyncio.to_thread(image_support, config, engine.info)
         except BaseException:  # a cancelled start must not leave a process behind
-            engine._kill()
+            await engine._kill()
             raise
         return engine
 
@@ -187,7 +187,7 @@ class AsyncEngine:
         self._fail_all("The engine was shut down.")
         self._pipe.send(("shutdown",))
         await asyncio.to_thread(self._processes.wait)
-        self._kill()
+        await self._kill()
 
     async def control(self, *message: Any) -> None:
         """Has the engine do one of the CONTROLS, and waits until it is done. Raises OctavoError where it refuses or dies."""
@@ -227,9 +227,9 @@ class AsyncEngine:
         if self._closing:
             raise EngineDead("The engine is shutting down.")
 
-    def _kill(self) -> None:
+    async def _kill(self) -> None:
         self._pipe.close()
-        self._processes.kill()
+        await asyncio.to_thread(self._processes.kill)  # which waits until they have ended, while other engines serve
 
     def _receive(self, message: Message) -> None:
         kind = message[0]

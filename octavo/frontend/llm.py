@@ -20,6 +20,7 @@ from octavo.frontend.engine_start import worker
 from octavo.frontend.keywords import in_keywords, names_keywords, taken_keywords
 from octavo.frontend.model_files import with_files
 from octavo.frontend.offline_media import OfflineMedia, PromptMedia
+from octavo.frontend.offline_operations import OfflineOperations
 from octavo.frontend.outputs import CompletionOutput, OutputProcessor, RequestOutput
 from octavo.frontend.remote_core import RemoteCore
 from octavo.frontend.requests import engine_requests
@@ -45,7 +46,7 @@ Messages = Sequence[Mapping[str, Any]]
 log = logging.getLogger(__name__)
 
 
-class LLM:
+class LLM(OfflineOperations):
     """A model for offline generation. `options` are EngineConfig's fields. Raises OctavoError on a wrong one.
 
     model: a checkpoint directory, or a name of the Hugging Face hub, OWNER/NAME.
@@ -81,7 +82,7 @@ class LLM:
             self._core: Any = RemoteCore(self.config)
         else:
             self._core = worker().engine_core(self.config, lambda stage, fraction: None)
-        self.info = self._core.info
+        self._directory = self.config.model
         self._media = OfflineMedia(self.config, self.info, rules)
         self._eos = self.tokenizer.eos_token_ids if self.tokenizer else generation.eos_token_ids()
         self._numbers = count()

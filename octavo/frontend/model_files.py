@@ -1,15 +1,18 @@
-"""The directory of the model that a configuration names."""
+"""The directory of the model that a configuration or a reload names."""
 
 from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 from octavo.config import EngineConfig
+from octavo.errors import OctavoError
+from octavo.files import check_directory
 from octavo.frontend.loading_bar import LoadingBar, say
-from octavo.hub.snapshots import is_hub_name
+from octavo.hub.snapshots import is_hub_name, snapshot_of
 
-__all__ = ["with_files"]
+__all__ = ["checkpoint_to_load", "with_files"]
 
 
 def with_files(config: EngineConfig) -> EngineConfig:
@@ -33,3 +36,14 @@ def with_files(config: EngineConfig) -> EngineConfig:
             say=say,
         )
     return replace(config, model=str(found))
+
+
+def checkpoint_to_load(given: str) -> str:
+    """The checkpoint directory that a path names. Raises OctavoError for what is none."""
+    if "\0" in given or not given:
+        raise OctavoError("The path of a checkpoint directory is missing or holds a zero byte; give the path of one.")
+    if is_hub_name(given):
+        raise OctavoError(f"A reload takes a directory, and {given} is a name of the hub; download it, and send its path.")
+    directory = snapshot_of(given)
+    check_directory(Path(directory))
+    return directory

@@ -1,27 +1,29 @@
 """What an operator does to running engines: reloading weights, sleep, pause, emptying the prefix cache.
 
-Several engines (--data-parallel-size) do it together. One operation runs at a time.
+Several engines (--data-parallel-size) do it together. One operation runs at a time. One that is cancelled while it waits, for
+another or for answers that run, is taken back; what the engines do is done to its end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncGenerator, Collection, Sequence
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import AsyncGenerator, Collection, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Literal
 
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError
-from octavo.files import check_directory
 from octavo.frontend.async_engine import AsyncEngine
 from octavo.frontend.engine_start import EngineDead
+from octavo.frontend.model_files import checkpoint_to_load
 from octavo.frontend.router import Engine, Replicas
-from octavo.hub.snapshots import is_hub_name, snapshot_of
 from octavo.messages import KV_CACHE, WEIGHTS
 
 __all__ = ["Mode", "Operations"]
+
+logger = logging.getLogger(__name__)
 
 Mode = Literal["abort", "wait"]  # what happens to requests that run: an error at once, or they may end
 ASLEEP = "The engine sleeps; wake it (POST /wake_up) and send the request again."
@@ -55,15 +57,19 @@ class Operations:
         """
         began = time.monotonic()
         async with self._one_at_a_time:
-            wanted = await asyncio.to_thread(_checkpoint, self.directory if directory is None else directory)
+            wanted = await asyncio.to_thread(checkpoint_to_load, self.directory if directory is None else directory)
             engines = self.engine.alive
-            await _all(engines, "check_reload", wanted)
+            await _to_its_end(_all(engines, "check_reload", wanted))
             async with _quiet(engines, mode, RELOADED):
-                await _all(engines, "reload", wanted, True)
-            self.directory = wanted
-            self._reloads += 1
-            self.engine.forget_prefixes()
+                await _to_its_end(self._reload(engines, wanted, began))
         return time.monotonic() - began
+
+    async def _reload(self, engines: Sequence[AsyncEngine], wanted: str, began: float) -> None:
+        await _all(engines, "reload", wanted, True)
+        self.directory = wanted
+        self._reloads += 1
+        self.engine.forget_prefixes()
+        logger.warning("octavo: loaded the weights of %s in %.2f s", wanted, time.monotonic() - began)
 
     async def sleep(self, mode: Mode = "abort") -> None:
         """Frees weights and cache. Requests are refused until `wake`. Does nothing where everything sleeps."""
@@ -75,49 +81,64 @@ class Operations:
                 engine.admission.refuse(EngineAsleep(ASLEEP), waiting=not self.paused)  # what a pause holds waits on
             try:
                 async with _quiet(engines, mode, ASLEEP):
-                    await _all(engines, "sleep")
+                    await _to_its_end(self._sleep(engines))
             except BaseException:
                 self._admit(engines)
                 raise
-            self.awake = frozenset()
-            self.engine.forget_prefixes()
+
+    async def _sleep(self, engines: Sequence[AsyncEngine]) -> None:
+        await _all(engines, "sleep")
+        self.awake = frozenset()
+        self.engine.forget_prefixes()
 
     async def wake(self, parts: Collection[str] = (WEIGHTS, KV_CACHE)) -> None:
         """Loads or makes again what sleeps of `parts`; requests are served once both are there."""
         async with self._one_at_a_time:
-            engines = self.engine.alive
-            for part in (WEIGHTS, KV_CACHE):
-                if part in parts and part not in self.awake:
-                    await _all(engines, "wake", (part,))
-                    self.awake |= {part}
-            self._admit(engines)
+            await _to_its_end(self._wake(self.engine.alive, parts))
+
+    async def _wake(self, engines: Sequence[AsyncEngine], parts: Collection[str]) -> None:
+        for part in (WEIGHTS, KV_CACHE):
+            if part in parts and part not in self.awake:
+                await _all(engines, "wake", (part,))
+                self.awake |= {part}
+        self._admit(engines)
 
     async def reset_prefix_cache(self) -> None:
         """Forgets the prefixes of past requests. Requests that run go on."""
         async with self._one_at_a_time:
-            await _all(self.engine.alive, "reset_prefix_cache")
-            self.engine.forget_prefixes()
+            await _to_its_end(self._reset(self.engine.alive))
+
+    async def _reset(self, engines: Sequence[AsyncEngine]) -> None:
+        await _all(engines, "reset_prefix_cache")
+        self.engine.forget_prefixes()
 
     async def pause(self, mode: Mode = "abort", clear_cache: bool = True) -> None:
         """From now on requests wait until `resume`. Those that run are completed first, or end with an error."""
         async with self._one_at_a_time:
-            engines = self.engine.alive
-            if not self.paused:
+            engines, began = self.engine.alive, not self.paused
+            if began:
                 self.paused = True
                 for engine in engines:
                     engine.admission.hold()
-            async with _quiet(engines, mode, PAUSED):
-                if clear_cache:
-                    await _all(engines, "reset_prefix_cache")
-                    self.engine.forget_prefixes()
+            try:
+                async with _quiet(engines, mode, PAUSED):
+                    if clear_cache:
+                        await _to_its_end(self._reset(engines))
+            except BaseException:
+                if began:
+                    self._resume(engines)
+                raise
 
     async def resume(self) -> None:
         """Ends a pause. Does nothing without one."""
         async with self._one_at_a_time:
             if self.paused:
-                self.paused = False
-                for engine in self.engine.alive:
-                    engine.admission.release()
+                self._resume(self.engine.alive)
+
+    def _resume(self, engines: Sequence[AsyncEngine]) -> None:
+        self.paused = False
+        for engine in engines:
+            engine.admission.release()
 
     def _admit(self, engines: Sequence[AsyncEngine]) -> None:
         if not self.asleep:
@@ -157,6 +178,19 @@ async def _quiet(engines: Sequence[AsyncEngine], mode: Mode, why: str) -> AsyncG
             engine.admission.release()
 
 
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits what is not to be left half done: where this is cancelled, the cancellation waits for it."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait((task,))
+        task.exception()  # otherwise it would be printed
+        raise
+
+
 async def _all(engines: Sequence[AsyncEngine], *message: Any) -> None:
     """A control of every engine. One that dies is no error while another lives: it is started again."""
     found = await asyncio.gather(*(engine.control(*message) for engine in engines), return_exceptions=True)
@@ -164,14 +198,3 @@ async def _all(engines: Sequence[AsyncEngine], *message: Any) -> None:
     refused = [error for error in errors if not isinstance(error, EngineDead)]
     if refused or len(errors) == len(engines):
         raise next(iter([*refused, *errors]), EngineDead("No engine is left; they are being started again."))
-
-
-def _checkpoint(given: str) -> str:
-    """The checkpoint directory that a path names. Raises OctavoError for what is none."""
-    if "\0" in given or not given:
-        raise OctavoError("The path of a checkpoint directory is missing or holds a zero byte; send it as model_path.")
-    if is_hub_name(given):
-        raise OctavoError(f"A reload takes a directory, and {given} is a name of the hub; download it, and send its path.")
-    directory = snapshot_of(given)
-    check_directory(Path(directory))
-    return directory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from octavo.messages import EngineRequest, FinishReason, Logprob, Logprobs, TokenOutput
@@ -21,7 +22,7 @@ class Delta:
     logprobs: list[Logprobs] | None = None  # one entry per token in token_ids
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop string or stop token
-    prompt_logprobs: list[Logprobs | None] | None = None
+    prompt_logprobs: Sequence[Logprobs | None] | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     offsets: list[int] | None = None  # with logprobs: where each token's text begins in the whole, including what is held back
@@ -52,25 +53,32 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
     num_cached_tokens: int = 0
+    _texts: dict[int, list[str]] = field(default_factory=dict, repr=False, compare=False)  # of sequences that run, in pieces
 
     def add(self, delta: Delta) -> None:
         """Adds the output of one step."""
         output = self.outputs[delta.index]
-        output.text += delta.text
+        self._texts.setdefault(delta.index, []).append(delta.text)  # a string would be copied at each token
         output.token_ids += delta.token_ids
         output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
         if delta.logprobs is not None:
-            output.logprobs = (output.logprobs or []) + [_by_token(entry) for entry in delta.logprobs]
+            output.logprobs = output.logprobs if output.logprobs is not None else []
+            output.logprobs += [_by_token(entry) for entry in delta.logprobs]
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + sum(entry[0].logprob for entry in delta.logprobs)
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = [None if entry is None else _by_token(entry) for entry in delta.prompt_logprobs]
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
-        self.finished = all(output.finish_reason for output in self.outputs)
+        if delta.finish_reason is not None:
+            self._end(delta.index)
 
     def fail(self, index: int, error: str) -> None:
         """Ends one of the sequences with an error. It keeps the output so far."""
         output = self.outputs[index]
         output.finish_reason, output.error = "abort", error
+        self._end(index)
+
+    def _end(self, index: int) -> None:
+        self.outputs[index].text = "".join(self._texts.pop(index, ()))
         self.finished = all(output.finish_reason for output in self.outputs)
 
 

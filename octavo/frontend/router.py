@@ -65,7 +65,10 @@ def chunks_of(token_ids: Sequence[int], salt: str | None = None, images: Sequenc
         begun = b""
         while left and left[0].start < start + CHUNK:
             begun += left.popleft().image.digest
-        chunk = array("q", token_ids[start : start + CHUNK]).tobytes()
+        try:
+            chunk = array("q", token_ids[start : start + CHUNK]).tobytes()
+        except OverflowError:  # no token has such an id, so the request is refused
+            break
         parent = hashlib.blake2b(parent + chunk + begun, digest_size=16).digest()
         found.append(parent)
     return found

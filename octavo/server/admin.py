@@ -7,7 +7,6 @@ They are open where the command line or VLLM_SERVER_DEV_MODE=1 says so. Paths an
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +22,7 @@ from octavo.frontend.engine_start import EngineDead
 from octavo.frontend.operations import Mode, Operations
 from octavo.messages import KV_CACHE, WEIGHTS
 from octavo.server.error_responses import ApiError
-from octavo.server.http import Answer, JsonEndpoint, refuse_page
+from octavo.server.http import LEFT, Answer, JsonEndpoint, refuse_page, while_connected
 from octavo.server.protocol import ApiModel
 from octavo.server.serving import Served
 from octavo.server.settings import flags_of, vllm_config
@@ -31,7 +30,6 @@ from octavo.version import __version__
 
 __all__ = ["Allowed", "CollectiveRpc", "Operation", "UpdateWeights", "operator_routes"]
 
-logger = logging.getLogger(__name__)
 Group = Literal["sleep", "admin"]
 R = TypeVar("R", bound=ApiModel)
 _running: set[asyncio.Task[Any]] = set()
@@ -102,32 +100,46 @@ async def update_weights(served: Served, request: UpdateWeights, _: str) -> Answ
 async def collective_rpc(served: Served, request: CollectiveRpc, _: str) -> Answer:
     """Reloads, as vLLM does it."""
     operations = _operations(served)
-    working = _reload(served, request.kwargs.weights_path, "wait")
+    working = _kept(_reload(served, request.kwargs.weights_path, "wait"))
     try:
-        await asyncio.wait_for(working, request.timeout)
-    except TimeoutError:
-        raise ApiError(504, f"The weights were not loaded within {request.timeout:g} s; loading goes on.") from None
+        await asyncio.wait((working,), timeout=request.timeout)
+    except asyncio.CancelledError:  # the caller has left
+        working.cancel()
+        raise
+    if not working.done():
+        raise ApiError(504, f"The weights were not loaded within {request.timeout:g} s; loading goes on.")
+    await working
     return {"results": [None] * operations.config.num_devices}
 
 
 async def _reload(served: Served, directory: str | None, mode: Mode) -> float:
     operations = _operations(served)
     try:
-        seconds: float = await _to_its_end(operations.reload(directory, mode))
+        seconds: float = await _operated(mode, operations.reload(directory, mode))
     except EngineDead:
         raise
     except OctavoError as error:
         raise InvalidRequest(str(error), "model_path") from error
-    logger.warning("octavo: loaded the weights of %s in %.2f s", operations.directory, seconds)
     return seconds
 
 
+async def _operated(mode: Mode, work: Coroutine[Any, Any, Any]) -> Any:
+    """Awaits an operation. While it waits for answers that run, it is taken back if its caller leaves: it would refuse requests
+    until the last of them ends, at a time that nobody knows.
+    """
+    return await (work if mode == "wait" else _to_its_end(work))
+
+
 async def _to_its_end(work: Coroutine[Any, Any, Any]) -> Any:
-    """Awaits what goes on even if the client leaves."""
+    """Awaits what goes on even if the caller leaves."""
+    return await asyncio.shield(_kept(work))
+
+
+def _kept(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
     task = asyncio.ensure_future(work)
-    _running.add(task)
+    _running.add(task)  # the loop itself holds it weakly
     task.add_done_callback(_ended)
-    return await asyncio.shield(task)
+    return task
 
 
 def _ended(task: asyncio.Task[Any]) -> None:
@@ -138,9 +150,16 @@ def _ended(task: asyncio.Task[Any]) -> None:
 
 async def _sleep(served: Served, request: Request) -> Response:
     _check_words(request, "level", "mode")
-    level, mode = _choice(request, "level", ("1", "2"), "1"), _mode(request)
-    await _to_its_end(_operations(served).sleep(mode))
-    served.metrics.sleeps(int(level))
+    level, mode, operations = _choice(request, "level", ("1", "2"), "1"), _mode(request), _operations(served)
+
+    async def fall_asleep() -> None:
+        try:
+            await operations.sleep(mode)
+        finally:
+            if operations.asleep:
+                served.metrics.sleeps(int(level))
+
+    await _operated(mode, fall_asleep())
     return JSONResponse({"status": "sleeping", "level": int(level)})
 
 
@@ -151,11 +170,15 @@ async def _wake_up(served: Served, request: Request) -> Response:
         raise InvalidRequest(f"tags must be {WEIGHTS} or {KV_CACHE}, not '{wrong[0]}'.", "tags")
     if tags == [KV_CACHE] and WEIGHTS not in operations.awake:
         raise InvalidRequest(f"The size of the cache follows from what the weights leave; wake {WEIGHTS} first.", "tags")
-    try:
-        await _to_its_end(operations.wake(tags or (WEIGHTS, KV_CACHE)))
-    finally:
-        if not operations.asleep:
-            served.metrics.sleeps(0)
+
+    async def wake_up() -> None:
+        try:
+            await operations.wake(tags or (WEIGHTS, KV_CACHE))
+        finally:
+            if not operations.asleep:
+                served.metrics.sleeps(0)
+
+    await _to_its_end(wake_up())
     return JSONResponse({"status": "sleeping" if operations.asleep else "awake", "tags_woken": tags or None})
 
 
@@ -166,7 +189,8 @@ async def _is_sleeping(served: Served, _: Request) -> Response:
 async def _pause(served: Served, request: Request) -> Response:
     _check_words(request, "mode", "clear_cache")
     clear = _choice(request, "clear_cache", ("true", "false"), "true") == "true"
-    await _to_its_end(_operations(served).pause(_mode(request), clear))
+    mode = _mode(request)
+    await _operated(mode, _operations(served).pause(mode, clear))
     return JSONResponse({"status": "paused"})
 
 
@@ -255,7 +279,13 @@ def operator_routes(served: Served, allowed: Allowed) -> tuple[list[Route], list
 def _route(served: Served, operation: Operation) -> Route:
     async def endpoint(request: Request) -> Response:
         refuse_page(request.headers)
-        return await operation.handle(served, request)
+        answered: list[Response] = []
+
+        async def answer() -> None:
+            answered.append(await operation.handle(served, request))
+
+        await while_connected(request.receive, answer())
+        return answered[0] if answered else Response(status_code=LEFT)
 
     endpoint.parameters = operation.parameters  # type: ignore[attr-defined]
     return Route(operation.path, endpoint, methods=[operation.method])

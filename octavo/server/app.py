@@ -113,8 +113,7 @@ class _Counting:
 
 
 async def _metrics(served: Served, _: Request) -> Response:
-    text = await asyncio.to_thread(served.metrics.text)  # milliseconds for each engine
-    return Response(text, media_type="text/plain; version=0.0.4")
+    return Response(await served.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 async def _tokenizer_info(served: Served, _: Request) -> Response:

@@ -45,8 +45,7 @@ async def begin(served: Served, request: ChatRequest, response_id: str) -> ChatJ
     """Sends the request to the engine. What it holds here of images ends with this call and not with the answer."""
     tools = ChatTools(served, request)
     text, prompt, placed, held = await read_chat(served, request, tools.form)
-    params = _params(served, request, tools, len(prompt))
-    await served.validate(params.structured)
+    params = await served.with_grammar(_params(served, request, tools, len(prompt)))
     tap = Tap()
     deltas = served.generate(prompt, params, response_id, request.cache_salt, placed, tap)
     job = ChatJob(served, request, response_id, _Prompt(text, prompt), deltas, params, tools, tap)
@@ -170,7 +169,8 @@ class ChatJob:
         self.prompt_fields |= {"prompt_text": prompt.text} if request.return_prompt_text else {}
         self.head = {"id": response_id, "created": int(time.time()), "model": request.model or served.names[0]}
         ids = id_maker(served.tool_parser, sum(len(one.get("tool_calls") or ()) for one in request.messages))
-        self.readers = [MessageReader(tools.reader(), self._splitter(prompt.text), ids) for _ in range(params.n)]
+        how = ids, request.parallel_tool_calls
+        self.readers = [MessageReader(tools.reader(), self._splitter(prompt.text), *how) for _ in range(params.n)]
         self.prompt_logprobs: list[Any] | None = None
         if any(reader.splits for reader in self.readers):
             self.usage.reasoning_tokens = 0
@@ -217,8 +217,11 @@ class ChatJob:
                 if piece.index not in self._begun:
                     self._begun.add(piece.index)
                     choices = [_choice(piece.index, {"delta": {"role": "assistant", "content": ""}}, None, None)]
-                    extras = stream_extras(self.request, self.usage)
-                    yield Chunk(self._chunk_head, {"choices": choices, **extras, **first_fields})
+                    first = {"choices": choices, **stream_extras(self.request, self.usage), **first_fields}
+                    if piece.index or self.prompt_logprobs is None:
+                        yield Chunk(self._chunk_head, first)
+                    else:  # they may be megabytes, and come with the first choice
+                        yield {**self.head, "object": _CHUNK, **first, "prompt_logprobs": self.prompt_logprobs}
                     first_fields = {}
                 yield self._chunk(piece)
         if self.request.stream_options.include_usage:

@@ -41,8 +41,7 @@ async def complete(served: Served, request: CompletionRequest, request_id: str) 
             "prompt",
         )
     prompts = await _ids(served, given, request)
-    params = _params(served, request, max(map(len, prompts)))
-    await served.validate(params.structured)
+    params = await served.with_grammar(_params(served, request, max(map(len, prompts))))
     response_id = f"cmpl-{request.request_id or request_id}"
     tap = Tap() if len(prompts) == 1 else None  # the deltas of several are merged, in which they must not overtake one another
     streams = []
@@ -177,7 +176,8 @@ class _Job:
     async def _events(self) -> AsyncGenerator[Event, None]:
         async with aclosing(self._deltas()) as deltas:
             async for number, delta in deltas:
-                yield self._chunk(number, delta)
+                chunk = self._chunk(number, delta)
+                yield chunk if delta.prompt_logprobs is None else {**self.head, **chunk.rest}  # which may be megabytes
         if self.request.stream_options.include_usage:
             yield {**self.head, "choices": [], "usage": self.usage.dict()}
 
@@ -186,7 +186,7 @@ class _Job:
 
     def _write(self, writer: Writer, delta: Delta) -> bool:
         """Writes the chunk of a delta that is not its choice's last. Only of a request with one prompt."""
-        if not writer.ready:
+        if not writer.ready or delta.prompt_logprobs is not None:
             return False
         if not self._uniform or delta.index not in self.starts:
             writer.write(encoded(self._chunk(0, delta)))

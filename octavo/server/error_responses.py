@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import reprlib
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         name, _, rest = (error.param or "").partition(".")
         if name not in names:
             raise
-        sentence = re.sub(rf"\b{name}\b", names[name], str(error))
+        sentence = re.sub(rf"(?<!\bThe )\b{name}\b", names[name], str(error))  # "The prompt has ..." is no field's name
         raise InvalidRequest(sentence, names[name] + (rest and f".{rest}")) from error
 
 
@@ -125,18 +126,65 @@ def error_response(error: BaseException, path: str = "") -> JSONResponse:
     return _Response(error_body(answer, path), answer.status, headers)
 
 
-def from_validation(error: ValidationError) -> ApiError:
-    """pydantic's first error, as one sentence."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    reason = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    value = "" if first["type"] == "missing" else f", not {_short(first['input'])}"
-    return ApiError(400, f"{where or 'The body'}: {reason[:1].lower()}{reason[1:]}{value}.", where or None)
+# pydantic's types of errors -> what they say of a field.
+_PREDICATES = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "should be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "should be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "should be true or false"),
+    **dict.fromkeys(("list_type", "tuple_type"), "should be a list"),
+    **dict.fromkeys(("dict_type", "model_type"), "should be an object"),
+    "string_type": "should be a string",
+    "string_too_short": "should be a string of {min_length} or more characters",
+    "string_too_long": "should be a string of at most {max_length} characters",
+    "string_pattern_mismatch": "should be a string like {pattern}",
+    "too_short": "should have {min_length} or more entries",
+    "too_long": "should have at most {max_length} entries",
+    "greater_than": "should be over {gt:g}",
+    "less_than_equal": "should be at most {le:g}",
+    "literal_error": "should be {expected}",
+    "missing": "is missing",
+    "extra_forbidden": "is not known here",
+}
+_WITHOUT_VALUE = ("missing", "too_short", "too_long", "extra_forbidden")
+
+
+def from_validation(error: ValidationError, data: Any) -> ApiError:
+    """pydantic's errors of the first wrong field of `data`, as one sentence. Of alternatives that do not fit, those tell that
+    were read deepest.
+    """
+    listed = [(_path(one, data), one) for one in error.errors(include_url=False)]
+    listed = [(path, one) for path, one in listed if path[:1] == listed[0][0][:1]]
+    deepest = max((path for path, _ in listed), key=len)
+    same = [one for path, one in listed if path == deepest]
+    said = " or ".join(dict.fromkeys(map(_predicate, same))).replace(" or should be ", ", or ")
+    where = ".".join(str(part)[:80] for part in deepest)
+    value = "" if same[0]["type"] in _WITHOUT_VALUE else f", not {_short(same[0]['input'])}"
+    return ApiError(400, f"{where or 'The body'} {said}{value}.", where or None)
+
+
+def _path(error: Any, data: Any) -> list[str | int]:
+    """Where in the body the field is. pydantic names alternatives, too, and the keys of an object apart."""
+    path: list[str | int] = []
+    for part in error["loc"]:
+        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
+            data = data[part]
+        elif error["type"] != "missing" or part != error["loc"][-1]:
+            continue
+        path.append(part)
+    return path[:-1] if error["loc"][-1:] == ("[key]",) else path
+
+
+def _predicate(error: Any) -> str:
+    known = _PREDICATES.get(error["type"], "is not valid ({reason})")
+    said = known.format(reason=error["msg"], **error.get("ctx", {}))
+    said = said.replace("be True", "be true").replace("be False", "be false")  # as JSON has them
+    return f"has a key that {said}" if error["loc"][-1:] == ("[key]",) else said
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    if isinstance(value, str):
+        return repr(value if len(value) <= 80 else f"{value[:77]}...")
+    return reprlib.repr(value) if isinstance(value, (dict, list)) else json.dumps(value)
 
 
 async def _handle(request: Request, error: Exception) -> JSONResponse:

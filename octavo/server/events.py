@@ -121,6 +121,6 @@ async def _body(event: Event) -> bytes:
     if isinstance(event, Chunk):
         return encoded(event)
     if (name := event.get("type")) is None:
-        return b"data: %b\n\n" % _dump(event).encode()
+        return b"data: %b\n\n" % (await json_body(event) if event.get("choices") else _dump(event).encode())
     data = _dump(event).encode() if "delta" in event else await json_body(event)  # what is no delta may repeat the whole answer
     return b"event: %b\ndata: %b\n\n" % (name.encode(), data)

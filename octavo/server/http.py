@@ -28,7 +28,7 @@ from octavo.server.protocol import ApiModel
 from octavo.server.request_body import SMALL_BODY, ClientLeft, as_request, read_body
 from octavo.server.side_processes import SideProcesses
 
-__all__ = ["Answer", "Gate", "GateState", "JsonEndpoint", "merge", "refuse_page"]
+__all__ = ["LEFT", "Answer", "Gate", "GateState", "JsonEndpoint", "merge", "refuse_page", "while_connected"]
 
 LEFT = 499  # nginx's status of a client that did not wait for the answer
 # They need no key, and stay open during shutdown.

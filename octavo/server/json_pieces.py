@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["json_body"]
+__all__ = ["Later", "json_body"]
 
 SLICE = 64  # list entries per piece, each with at most 20 alternatives: a few milliseconds
 GROWING = frozenset(("choices", "output", "content"))  # lists of objects that have long lists
 TURN = 2**16  # characters after which other tasks of the event loop get a turn
-_dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+class Later:
+    """A value that is made when it is written. All of a long answer's together would hold up the event loop."""
+
+    __slots__ = ("_given", "_make")
+
+    def __init__(self, make: Callable[..., Any], *given: Any):
+        self._make, self._given = make, given
+
+    def made(self) -> Any:
+        return self._make(*self._given)
+
+
+def _made(value: Any) -> Any:
+    if isinstance(value, Later):
+        return value.made()
+    raise TypeError(f"{type(value).__name__} is no JSON")
+
+
+_dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_made).encode
 
 
 async def json_body(answer: dict[str, Any]) -> bytes:

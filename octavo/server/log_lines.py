@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from dataclasses import fields
@@ -23,6 +24,7 @@ __all__ = ["LineWriter", "RequestLines", "throughput_lines"]
 INTERVAL = 10.0  # seconds between two lines of an engine's throughput
 MOST_LINES = 10_000  # that wait to be written; more are dropped, and counted
 MOST_VALUE = 200  # characters of a sampling parameter
+_UNPRINTABLE = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")  # they end lines, or steer terminals
 
 
 class LineWriter:
@@ -69,7 +71,7 @@ class RequestLines:
         if self._tokenizer is None:
             return f", prompt {prompt[: self._most]}"
         text = self._tokenizer.decode(prompt[: self._most], skip_special_tokens=False)[: self._most]
-        return f", prompt {json.dumps(text, ensure_ascii=False)}"
+        return f", prompt {_UNPRINTABLE.sub(lambda found: json.dumps(found[0])[1:-1], json.dumps(text, ensure_ascii=False))}"
 
 
 def _set(params: SamplingParams) -> str:

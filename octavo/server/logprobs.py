@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from octavo.messages import Logprob, Logprobs
+from octavo.server.json_pieces import Later
 from octavo.text.tokenizer import Tokenizer
 
 __all__ = ["chat_logprobs", "completion_logprobs", "prompt_logprobs"]
@@ -16,13 +17,20 @@ LOWEST = -9999.0  # vLLM's stand-in for -inf; also for NaN, which JSON cannot ex
 def completion_logprobs(
     tokenizer: Tokenizer | None, entries: Iterable[tuple[int, Logprobs | None]], offsets: Sequence[int]
 ) -> dict[str, list[Any]]:
-    """The completions format, for tokens whose texts start at `offsets`. A prompt's first token has no logprobs."""
-    tokens, chosen, top = [], [], []
+    """The completions format, for tokens whose texts start at `offsets`. A prompt's first token has no logprobs.
+
+    A prompt's alternatives are made when they are written.
+    """
+    tokens, chosen, top = list[str](), list[float | None](), list[Any]()
     for token_id, entry in entries:
         tokens.append(_text(tokenizer, token_id))
         chosen.append(None if entry is None else _value(entry[0]))
-        top.append(None if entry is None else {_text(tokenizer, e.token_id): _value(e) for e in entry})
+        top.append(_top(tokenizer, entry) if isinstance(entry, tuple) else entry and Later(_top, tokenizer, entry))
     return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": top, "text_offset": list(offsets)}
+
+
+def _top(tokenizer: Tokenizer | None, entry: Logprobs) -> dict[str, float]:
+    return {_text(tokenizer, e.token_id): _value(e) for e in entry}
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs], as_ids: bool = False) -> dict[str, Any]:
@@ -35,13 +43,15 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs], as_ids: boo
     return {"content": content}
 
 
-def prompt_logprobs(tokenizer: Tokenizer | None, entries: Sequence[Logprobs | None]) -> list[dict[str, dict[str, Any]] | None]:
-    """vLLM's format: for each prompt token its candidates by token id."""
-    return [None if entry is None else {str(e.token_id): _candidate(tokenizer, e) for e in entry} for entry in entries]
+def prompt_logprobs(tokenizer: Tokenizer | None, entries: Sequence[Logprobs | None]) -> list[Later | None]:
+    """vLLM's format: for each prompt token its candidates by token id, made when they are written."""
+    return [None if entry is None else Later(_candidates, tokenizer, entry) for entry in entries]
 
 
-def _candidate(tokenizer: Tokenizer | None, e: Logprob) -> dict[str, Any]:
-    return {"logprob": _value(e), "rank": e.rank, "decoded_token": _text(tokenizer, e.token_id)}
+def _candidates(tokenizer: Tokenizer | None, entry: Logprobs) -> dict[str, dict[str, Any]]:
+    return {
+        str(e.token_id): {"logprob": _value(e), "rank": e.rank, "decoded_token": _text(tokenizer, e.token_id)} for e in entry
+    }
 
 
 def _chat_token(tokenizer: Tokenizer, e: Logprob, as_ids: bool) -> dict[str, Any]:

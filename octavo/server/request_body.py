@@ -124,4 +124,4 @@ def _parse(model: type[R], data: dict[str, Any]) -> R:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise from_validation(error) from error
+        raise from_validation(error, data) from error

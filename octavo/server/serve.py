@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from octavo.server.admin import Allowed
     from octavo.server.serving import Served
 
-__all__ = ["DEMO_NAME", "add_arguments", "api_keys", "loop_factory", "prepared", "read_template", "run"]
+__all__ = ["DEMO_NAME", "add_arguments", "api_keys", "check_flags", "loop_factory", "prepared", "read_template", "run"]
 
 DEMO_NAME = "octavo-demo"
 KNOWN_VARIABLES = ("VLLM_API_KEY", DEV_MODE)  # ignoring the first one would open a server that its owner believes closed
@@ -45,16 +45,8 @@ KNOWN_VARIABLES = ("VLLM_API_KEY", DEV_MODE)  # ignoring the first one would ope
 def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     """Serves until a signal; `started` is when the process did, by time.time()."""
     set_limits()
-    choose_parser(args.tool_call_parser, None, "")  # a misspelt name should not wait for the model to load
-    choose_reasoning_parser(args.reasoning_parser, "")
-    check_content_format(args.chat_template_content_format)
-    check_media(config)
-    if unknown := unknown_environment():
-        say(f"octavo: ignoring the environment variables {', '.join(unknown)}, which mean nothing here.")
-    if ignored := ignored_flags(args):
-        say(f"octavo: taken without effect: {', '.join(ignored)}.")
-    template, keys = read_template(args.chat_template), api_keys(args.api_key)
-    tls, _ = tls_settings(args), cross_origin(args)
+    check_flags(args, config)
+    template, keys, tls = read_template(args.chat_template), api_keys(args.api_key), tls_settings(args)
     check_named(config)
     if config.node_rank:
         return run_node(config)
@@ -89,6 +81,21 @@ def _run(
         )
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(serve(args, config, listener, keys, template, tls, started))
+
+
+def check_flags(args: argparse.Namespace, config: EngineConfig) -> None:
+    """Raises OctavoError for flags that are wrong or not served, which should not wait for a model to load. Says which flags
+    and variables have no effect.
+    """
+    choose_parser(args.tool_call_parser, None, "")
+    choose_reasoning_parser(args.reasoning_parser, "")
+    check_content_format(args.chat_template_content_format)
+    check_media(config)
+    cross_origin(args)
+    if unknown := unknown_environment():
+        say(f"octavo: ignoring the environment variables {', '.join(unknown)}, which mean nothing here.")
+    if ignored := ignored_flags(args):
+        say(f"octavo: taken without effect: {', '.join(ignored)}.")
 
 
 def unknown_environment() -> list[str]:

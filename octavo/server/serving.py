@@ -7,9 +7,8 @@ import inspect
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidRequest, OctavoError
@@ -40,7 +39,7 @@ __all__ = ["Served"]
 
 _SAMPLING_FIELDS = GenerationRequest.model_fields.keys() & {field.name for field in fields(SamplingParams)}
 _TEMPLATE_ARGUMENTS = frozenset(inspect.signature(render_chat).parameters)
-_GRAMMAR_SECONDS = 10.0
+_MOST_GRAMMARS = 16  # that are kept: clients often send the same schema with every request
 _LONG_TEXT = 2_000  # characters, a millisecond or two; more is encoded in a thread, to keep other streams going
 _MAX_RENDERED = 2**24  # characters of a rendered chat template
 
@@ -76,7 +75,7 @@ class Served:
     responses: ResponseStore = field(default_factory=ResponseStore)
     created: int = field(default_factory=lambda: int(time.time()))
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
-    _grammars: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="octavo-grammar"))
+    _grammars: dict[StructuredOutput, str] = field(default_factory=dict)  # in llguidance's format, the latest last
 
     @property
     def stalled(self) -> bool:
@@ -192,19 +191,23 @@ class Served:
         asked = {"max_tokens": max_tokens, "logprobs": logprobs, "structured": structured}
         return SamplingParams(**{**recommended, **given, **asked, **fixed})
 
-    async def validate(self, structured: StructuredOutput | None) -> None:
-        """Raises InvalidRequest for an unusable structured output. Runs in a thread, because llguidance may take a second, for
-        which it releases the interpreter's lock. The result is cached for `generate`."""
-        if structured is None:
-            return
-        try:
-            reading = asyncio.get_running_loop().run_in_executor(self._grammars, serialize, structured)
-            await asyncio.wait_for(reading, _GRAMMAR_SECONDS)
-        except TimeoutError:
-            raise InvalidRequest(
-                f"{structured.param} was not read within {_GRAMMAR_SECONDS:g} s; make it simpler, or send it later.",
-                structured.param,
-            ) from None
+    async def with_grammar(self, params: SamplingParams) -> SamplingParams:
+        """The parameters, with the grammar of their structured output as the engine takes it. Raises InvalidRequest for one
+        that cannot be used.
+
+        A side process reads it, since a few lines of schema or grammar may ask for any amount of computing and memory.
+        """
+        if (wanted := params.structured) is None:
+            return params
+        if (grammar := self._grammars.pop(wanted, None)) is None:
+            try:
+                grammar = await self.side.run(f"Reading {wanted.param}", serialize, wanted)
+            except InvalidRequest as error:
+                raise InvalidRequest(str(error), wanted.param) from error
+        self._grammars[wanted] = grammar  # the latest is last
+        if len(self._grammars) > _MOST_GRAMMARS:
+            del self._grammars[next(iter(self._grammars))]
+        return replace(params, structured=replace(wanted, llguidance=grammar))
 
     def generate(
         self,

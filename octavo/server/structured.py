@@ -36,6 +36,7 @@ def arguments_of(function: Function) -> StructuredOutput:
 
 def calls_of(tools: Sequence[Tool], at_most_one: bool) -> StructuredOutput:
     """A grammar for one or more calls of these tools."""
+    _check_size("tools", [tool.function.parameters for tool in tools])
     return StructuredOutput("json_schema", _dumped("tools", {**calls_schema(tools, at_most_one), **_SPACING}), "tools")
 
 
@@ -121,10 +122,15 @@ def _choice(param: str, choices: list[str] | None) -> tuple[str, GrammarKind, st
 
 
 def _dumped(param: str, schema: dict[str, Any] | bool) -> str:
-    """The schema as text. Raises InvalidRequest for a large one before walking all of it."""
+    _check_size(param, schema)
+    return json.dumps(schema)
+
+
+def _check_size(param: str, schema: Any) -> None:
+    """Raises InvalidRequest for a large schema, before walking all of it."""
     left, parts = MAX_GRAMMAR, [schema]
     while parts:
-        part: Any = parts.pop()
+        part = parts.pop()
         if isinstance(part, dict):
             left -= 7 * len(part)  # a pair is `"": 1, ` at least
             parts += part.values() if left >= 0 else ()
@@ -135,7 +141,6 @@ def _dumped(param: str, schema: dict[str, Any] | bool) -> str:
             left -= len(part)
         if left < 0:
             raise _too_large(param)
-    return json.dumps(schema)
 
 
 def _too_large(param: str) -> InvalidRequest:

@@ -16,10 +16,11 @@ _LISTED = ("prefixItems", "items")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _BRANCHES = ("anyOf", "oneOf")
 _SAID = ("additionalProperties", "unevaluatedProperties")
+MOST = 1 << 18  # schemas and names in a closed schema: copies of what is referred to may double at each reference
 
 
 def closed(schema: Any) -> Any:
-    """A copy of `schema` with all of its objects closed."""
+    """A copy of `schema` with all of its objects closed. Raises ValueError where that would be too large."""
     return _Closer(schema).close(schema)
 
 
@@ -36,10 +37,13 @@ def referred(node: Mapping[str, Any], root: Any) -> Mapping[str, Any] | None:
 
 class _Closer:
     def __init__(self, root: Any):
-        self._root = root
+        self._root, self._left = root, MOST
 
     def close(self, node: Any, names: frozenset[str] = frozenset(), leave: bool = False) -> Any:
         """Closes `node`, except for the properties `names` that its context lists. `leave`: its own object stays open."""
+        self._left -= 1 + len(names)
+        if self._left < 0:
+            raise ValueError(f"with its references written out it has over {MOST} values; make it smaller")
         if not isinstance(node, Mapping):
             return node
         if names and (target := self._target(node)) is not None:  # the target, closed in place, would refuse `names`

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 __all__ = ["is_gbnf", "lark_of"]
 
-_RULE = re.compile(r"(?m)^\s*[\w-]+\s*::=")
+_RULE = re.compile(r"(?m)^[^\S\n]*+[\w-]++\s*+::=")  # possessive, since a client may send half a million line ends
 _NEXT_RULE = re.compile(r"[\w-]+\s*::=")
-_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*|\(=|\s+|[\w-]+|.', re.DOTALL)
+# A string or a class that is not closed takes all that follows: looking for each one's end again would take quadratic time.
+_TOKEN = re.compile(r'"(?:\\.|[^"\\])*+("?)|\[(?:\\.|[^\]\\])*+(\]?)|#[^\n]*|\(=|\s+|[\w-]+|.', re.DOTALL)
 _HEX = "[0-9a-fA-F]"
 _CHARACTER = re.compile(  # a pair of UTF-16 is how JSON's writers escape what is beyond 0xFFFF
     rf"\\u(?P<high>[dD][89abAB]{_HEX}{{2}})\\u(?P<low>[dD][c-fC-F]{_HEX}{{2}})"
@@ -46,8 +48,6 @@ def lark_of(grammar: str) -> str:
         rules = gbnf.GrammarParser().parse(plain)
     except gbnf.GbnfToLarkError as error:
         raise ValueError(str(error)) from None
-    except IndexError:
-        raise ValueError("it ends within a string") from None
     if len(rules) < len(re.findall(r"(?m)^[\w-]+ *::=", plain)):
         raise ValueError("it defines a rule twice")
     reached, recursive = _reached(rules)
@@ -65,9 +65,11 @@ def _plain(grammar: str) -> str:
     out = []
     for token in _TOKEN.finditer(grammar):
         text = token[0]
-        if text[0] == '"' and len(text) > 1:
+        if text[0] in '"[' and not (token[1] or token[2]):
+            raise ValueError("it ends within " + ("brackets" if text[0] == "[" else "a string"))
+        if text[0] == '"':
             out.append('"' + "".join(_escaped(c, '"\\') for c in _characters(text[1:-1])) + '"')
-        elif text[0] == "[" and len(text) > 1:
+        elif text[0] == "[":
             out.append(f"[{_class(text[1:-1])}]")
         elif text == "(=":
             raise ValueError("lookahead assertions, '(= ...)', are not served")
@@ -119,11 +121,18 @@ def _reached(rules: dict[str, Any]) -> tuple[list[str], bool]:
         if name not in below:
             below[name] = set(_references(rules[name].alternatives))
             wanted += sorted(below[name])
-    left = dict(below)
-    while ended := [name for name, needed in left.items() if not needed & left.keys()]:
-        for name in ended:
-            del left[name]
-    return list(below), bool(left)
+    above = defaultdict[str, list[str]](list)
+    for name, needed in below.items():
+        for one in needed:
+            above[one].append(name)
+    left = {name: len(needed) for name, needed in below.items()}  # of those that a rule needs, how many may recur
+    ended = [name for name, count in left.items() if not count]
+    for name in ended:  # which grows meanwhile
+        for user in above[name]:
+            left[user] -= 1
+            if not left[user]:
+                ended.append(user)
+    return list(below), len(ended) < len(below)
 
 
 def _references(node: Any) -> Iterator[str]:
@@ -152,11 +161,16 @@ class _Regex:
         if hasattr(node, "min_times"):
             return f"(?:{self.of(node.node)}){_times(node)}"
         if hasattr(node, "alternatives"):
-            return f"(?:{'|'.join(self.of(one) for one in node.alternatives)})"
-        whole = "".join(self.of(one) for one in node.nodes)
-        if len(whole) > _MOST:
-            raise OverflowError
-        return whole
+            return f"(?:{'|'.join(self._parts(node.alternatives))})"
+        return "".join(self._parts(node.nodes))
+
+    def _parts(self, nodes: list[Any]) -> list[str]:
+        parts, length = [], 0
+        for node in nodes:
+            parts.append(self.of(node))
+            if (length := length + len(parts[-1])) > _MOST:
+                raise OverflowError
+        return parts
 
 
 def _by_character(node: Any, names: dict[str, str]) -> str:

@@ -23,6 +23,8 @@ SPACING: Any = {"whitespace_pattern": r"[ \t]{0,4}(\r?\n[ \t]{0,32})?"}
 
 def serialize(wanted: StructuredOutput) -> str:
     """The grammar in llguidance's format, validated. Raises InvalidRequest for one that does not compile."""
+    if wanted.llguidance is not None:
+        return wanted.llguidance
     grammar, fault = _validated(wanted)
     if fault:
         raise InvalidRequest(f"{wanted.param} cannot be followed: {fault}", wanted.param)

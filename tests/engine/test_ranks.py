@@ -357,13 +357,13 @@ def test_an_llm_of_two_ranks(tmp_path: Path) -> None:
     assert want != other
     llm = LLM(first, tensor_parallel_size=2, **options)
     assert said(llm) == want
-    llm._core.sleep()
+    llm.sleep()
     with pytest.raises(OctavoError, match="sleeps"):
         said(llm)
-    llm._core.wake()
+    llm.wake_up()
     assert said(llm) == want
-    llm._core.reload(second)
+    llm.reload_weights(second)
     assert said(llm) == other
     with pytest.raises(OctavoError, match="nowhere"):
-        llm._core.reload("/nowhere")
+        llm.reload_weights("/nowhere")
     assert said(llm) == other

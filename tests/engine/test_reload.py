@@ -169,6 +169,40 @@ def test_on_an_accelerator_graphs_and_addresses_stay(models: list[Path], scheme:
     assert generate(llm) == second
 
 
+def test_what_an_llm_offers_of_it(models: list[Path]) -> None:
+    """As vLLM's, and in the words of a program."""
+    first, second = (generate(load(path)) for path in models[:2])
+    llm = load(models[0])
+    for level in (1, 2):
+        llm.sleep(level)
+        llm.sleep()
+        with pytest.raises(OctavoError, match="The engine sleeps; wake it first"):
+            generate(llm)
+        with pytest.raises(OctavoError, match="the engine sleeps and has no weights"):
+            llm.reload_weights(models[1])
+        with pytest.raises(OctavoError, match="no weights; wake the engine first"):
+            llm.wake_up(["kv_cache"])
+        llm.wake_up(["weights"])
+        llm.reload_weights(models[1])
+        llm.wake_up()
+        assert generate(llm) == second, "wakes with what was loaded last"
+        llm.reload_weights(str(models[0]))
+        llm.reload_weights()
+        assert generate(llm) == first
+    llm.reset_prefix_cache()
+    assert llm.generate([PROMPTS[0]], GREEDY, use_tqdm=False)[0].num_cached_tokens == 0
+    for wrong, sentence in (
+        (lambda: llm.sleep(3), "level must be 1 or 2, not 3"),
+        (lambda: llm.wake_up(["all"]), "tags must be weights or kv_cache, not 'all'"),
+        (lambda: llm.reload_weights("/nowhere"), "there is no model at '/nowhere'"),
+        (lambda: llm.reload_weights("owner/name"), "owner/name is a name of the hub"),
+        (lambda: llm.reload_weights(models[2]), "another config"),
+    ):
+        with pytest.raises(OctavoError, match=sentence):
+            wrong()
+    assert generate(llm) == first
+
+
 def test_another_config_is_refused_in_a_sentence(models: list[Path]) -> None:
     llm = load(models[0])
     with pytest.raises(OctavoError, match=r"another config\.json"):

@@ -521,3 +521,26 @@ def test_images_are_not_kept_once_they_are_sent():
             engine.generate([5] * 20, params, "s", images=[PlacedImage(1, large)])
 
     with_engine(test)
+
+
+def test_other_streams_go_on_while_an_engine_ends(monkeypatch):
+    """Its processes may take seconds to end, such as those of a GPU."""
+    kill = EngineProcesses.kill
+
+    def slow(self):
+        time.sleep(0.5)
+        kill(self)
+
+    monkeypatch.setattr(EngineProcesses, "kill", slow)
+
+    async def main():
+        for ending in ((await start()).shutdown(), start(seed=1)):
+            task, pause = asyncio.ensure_future(ending), 0.0
+            while not task.done():
+                began = time.perf_counter()
+                await asyncio.sleep(0.01)
+                pause = max(pause, time.perf_counter() - began)
+            assert (task.exception() is None) == (ending.__name__ == "shutdown")
+            assert pause < 0.4
+
+    asyncio.run(main())

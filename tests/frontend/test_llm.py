@@ -1,5 +1,7 @@
 """The offline API, over a small deterministic core in this process."""
 
+import time
+
 import pytest
 from cases import cases
 
@@ -8,6 +10,7 @@ from octavo.engine import worker
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.frontend.keywords import in_keywords
 from octavo.frontend.llm import LLM
+from octavo.frontend.outputs import CompletionOutput, Delta, RequestOutput
 from octavo.messages import EngineInfo, EngineStats, Logprob, SamplingParams, TokenOutput
 
 REFUSED, FAILS = 668, 669
@@ -219,3 +222,21 @@ def test_other_errors(llm, tmp_path):
         bare.generate("text", params())
     with pytest.raises(InvalidRequest, match="Stop strings need text"):
         bare.generate([[1]], params(stop="x"))
+
+
+def test_a_long_answer_is_put_together_in_linear_time():
+    """Its text and its log-probabilities were copied at each token."""
+    entry = (Logprob(1, -1.0, 1),)
+
+    def seconds(tokens):
+        result = RequestOutput("r", None, [1], outputs=[CompletionOutput(0)])
+        began = time.process_time()
+        for n in range(tokens):
+            result.add(Delta(0, "a token's text ", [n], [entry], "length" if n + 1 == tokens else None))
+        took = time.process_time() - began
+        (output,) = result.outputs
+        assert (len(output.text), len(output.token_ids), len(output.logprobs)) == (15 * tokens, tokens, tokens)
+        assert result.finished
+        return took
+
+    assert seconds(160_000) < 40 * min(seconds(10_000) for _ in range(3))

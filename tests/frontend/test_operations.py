@@ -261,3 +261,60 @@ def test_what_is_held_ends_with_the_server() -> None:
             await second
 
     operate(test)
+
+
+@pytest.mark.parametrize("what", ["sleep", "pause", "reload"])
+def test_what_waits_for_answers_is_taken_back_when_nobody_asks_for_it_any_more(what: str, directories: dict[str, str]) -> None:
+    async def test(engine: Engine, operations: Operations) -> None:
+        running = asyncio.create_task(ask(engine, "running"))
+        await asyncio.sleep(0.2)
+        work = operations.reload(directories["new"]) if what == "reload" else getattr(operations, what)("wait")
+        waiting = asyncio.create_task(work)
+        await asyncio.sleep(0.2)
+        late = asyncio.create_task(ask(engine, "late", 3))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert not running.done()
+        assert (operations.asleep, operations.paused, operations.directory) == (False, False, str(MODEL_DIR))
+        if what == "sleep":
+            with pytest.raises(OctavoError, match="sleeps"):
+                await late
+        else:
+            assert await late == of(0, 3)
+        assert await ask(engine, "after", 3) == of(0, 3)
+        assert await running == of(0)
+
+    operate(test)
+
+
+def test_what_the_engine_does_is_done_to_its_end(directories: dict[str, str]) -> None:
+    """A sleep that is cancelled while weights are freed has happened."""
+
+    async def test(engine: Engine, operations: Operations) -> None:
+        assert isinstance(engine, AsyncEngine)
+        control, begun, free = engine.control, asyncio.Event(), asyncio.Event()
+
+        async def slow(*message: Any) -> None:
+            begun.set()
+            await free.wait()
+            await control(*message)
+
+        engine.control = slow  # type: ignore[method-assign]
+        sleeping = asyncio.create_task(operations.sleep("wait"))
+        await begun.wait()
+        for _ in range(2):
+            sleeping.cancel()
+            await asyncio.sleep(0.02)
+        assert not sleeping.done()
+        free.set()
+        with pytest.raises(asyncio.CancelledError):
+            await sleeping
+        assert operations.asleep
+        with pytest.raises(OctavoError, match="sleeps"):
+            await ask(engine, "asleep")
+        await operations.wake()
+        assert await ask(engine, "awake", 3) == of(0, 3)
+
+    operate(test)

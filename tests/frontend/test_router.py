@@ -15,7 +15,7 @@ import pytest
 from frontend.test_async_engine import SLOW, FakeCore
 
 from octavo.config import EngineConfig
-from octavo.errors import OctavoError
+from octavo.errors import InvalidRequest, OctavoError
 from octavo.frontend import router
 from octavo.frontend.async_engine import AsyncEngine, EngineDead
 from octavo.frontend.router import Replicas, start_engine
@@ -109,6 +109,16 @@ def test_when_no_engine_can_be_started_any_more_that_is_the_end(monkeypatch: pyt
     with_engines(2, test)
 
 
+def test_an_id_that_no_token_has_is_refused_in_a_sentence() -> None:
+    async def test(engine: Replicas) -> None:
+        for wrong in (2**63, -(2**63) - 1, 4096):
+            with pytest.raises(InvalidRequest, match=f"Token id {wrong} is out of the vocabulary"):
+                await send(engine, [wrong] * router.CHUNK, "r", max_tokens=1)
+        assert (await send(engine, [1], "r", max_tokens=1))[1] == [2]
+
+    with_engines(2, test)
+
+
 def test_an_engine_that_cannot_load_ends_the_others() -> None:
     async def main() -> None:
         with pytest.raises(OctavoError, match=r"^There is no such model\.$"):
@@ -123,6 +133,6 @@ def test_metrics_have_a_label_for_each_engine() -> None:
 
     metrics = Metrics("m", 2)
     metrics.on_step(EngineStats(num_running=3), 1)
-    text = metrics.text().decode()
+    text = asyncio.run(metrics.text()).decode()
     assert 'vllm:num_requests_running{engine="0",model_name="m"} 0.0' in text
     assert 'vllm:num_requests_running{engine="1",model_name="m"} 3.0' in text

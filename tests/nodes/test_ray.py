@@ -159,13 +159,21 @@ config = yaml.safe_load(open(sys.argv[1]))
 (application,) = ServeDeploySchema.model_validate(config).applications
 assert application.import_path == "octavo.ray_serve:app"
 assert {one["name"] for one in config["applications"][0]["deployments"]} == {"Front", "Engine"}
-try:
-    ray_serve.app({"tensor-parallel": 2})
-except OctavoError as error:
-    assert str(error).startswith("args: tensor-parallel is not a flag"), error
-    assert isinstance(error, RayServeException)  # which Serve does not try again
-else:
-    raise AssertionError
+for flags, sentence in (
+    ({"tensor-parallel": 2}, "args: tensor-parallel is not a flag that it can have; did you mean tensor-parallel-size"),
+    ({"enable-lora": True}, "--enable-lora is not served: there are no LoRA adapters"),
+    ({"tool-call-parser": "nonsense"}, "--tool-call-parser 'nonsense' is not known"),
+    ({"allowed-media-domains": ["a b"]}, "--allowed-media-domains takes names of hosts"),
+    ({"port": 9000}, "args: port is for octavo serve's own HTTP server; Ray Serve's has http_options."),
+    ({"ssl_certfile": "x"}, "args: ssl_certfile is for octavo serve's own HTTP server"),
+):
+    try:
+        ray_serve.app(flags)
+    except OctavoError as error:
+        assert str(error).startswith(sentence), error
+        assert isinstance(error, RayServeException)  # which Serve does not try again
+    else:
+        raise AssertionError(flags)
 def chunks(*said):
     import json
     return ray_serve.chunks_of_body(json.dumps({"model": "m", "messages": [{"content": "s" * 600}, *said]}).encode())

@@ -16,6 +16,7 @@ from octavo.images import PlacedImage
 from octavo.messages import EngineInfo, EngineRequest, EngineStats, FinishReason, Logprob, SamplingParams
 from octavo.text.detokenizer import Detokenizer
 from octavo.text.tokenizer import Tokenizer
+from octavo.token_logprobs import PackedLogprobs
 
 
 class FakeEngine:
@@ -112,10 +113,10 @@ class FakeEngine:
     def _logprobs(self, token: int, count: int) -> tuple[Logprob, ...]:
         return (Logprob(token, -0.5, 1), *(Logprob(5 + i, float("-inf"), i + 2) for i in range(count)))
 
-    def _prompt_logprobs(self, prompt: list[int], params: SamplingParams) -> list[tuple[Logprob, ...] | None] | None:
+    def _prompt_logprobs(self, prompt: list[int], params: SamplingParams) -> PackedLogprobs | None:
         if params.prompt_logprobs is None:
             return None
-        return [None, *(self._logprobs(token, params.prompt_logprobs) for token in prompt[1:])]
+        return PackedLogprobs.of([None, *(self._logprobs(token, params.prompt_logprobs) for token in prompt[1:])])
 
     async def death(self) -> str:
         """Returns when a test killed this engine: the sentence that it gave to `die`."""

@@ -215,6 +215,29 @@ def test_a_request_is_checked_once_and_first(client: Client, monkeypatch: pytest
     assert not client.engine.aborted  # the first prompt never ran
 
 
+@cases(
+    ("body", "param", "sentence"),
+    [
+        ({"stop": 5}, "stop", "stop should be a string, or a list, not 5."),
+        ({"stop": ["a", 1]}, "stop.1", "stop.1 should be a string, not 1."),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "logit_bias has a key that should be a whole number, not 'x'."),
+        ({"guided_json": 5}, "guided_json", "guided_json should be an object, or a string, or true or false, not 5."),
+        ({"stream": [1]}, "stream", "stream should be true or false, not [1]."),
+        ({"cache_salt": ""}, "cache_salt", "cache_salt should be a string of 1 or more characters, not ''."),
+        ({"stream_options": "yes"}, "stream_options", "stream_options should be an object, not 'yes'."),
+        ({"tool_choice": "any"}, "tool_choice", "tool_choice should be 'none', 'auto' or 'required', or an object, not 'any'."),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function", "tool_choice.function is missing."),
+        ({"messages": None}, "messages", "messages is missing."),
+        ({"messages": []}, "messages", "messages should have 1 or more entries."),
+    ],
+    ids=str,
+)
+def test_wrong_types_are_told_in_words_of_the_api(client: Client, body: dict[str, Any], param: str, sentence: str) -> None:
+    """And not in those of pydantic, which names its validators, too."""
+    error = client.post(CHAT, {"messages": [USER], **body}).json()["error"]
+    assert (error["message"], error["param"]) == (sentence, param)
+
+
 BAD = [
     (COMPLETIONS, {"prompt": 3}, 400, "prompt"),
     (COMPLETIONS, {}, 400, "prompt"),
@@ -241,7 +264,7 @@ BAD = [
     (COMPLETIONS, {"prompt": "a", "temperature": []}, 400, "temperature"),
     (COMPLETIONS, {"prompt": "a", "top_p": 0}, 400, "top_p"),
     (COMPLETIONS, {"prompt": "a", "logprobs": 21}, 400, "logprobs"),
-    (COMPLETIONS, {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias.x.[key]"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias"),
     (COMPLETIONS, {"prompt": "a", "logit_bias": {"5000": 1}}, 400, "logit_bias"),
     (COMPLETIONS, {"prompt": "a", "stop": [""]}, 400, "stop"),
     (COMPLETIONS, {"prompt": "a", "stream": "perhaps"}, 400, "stream"),

@@ -132,4 +132,5 @@ def test_most_chunks_pass_no_generator(make_client: Callable[..., Client], monke
     tokens = told.count(b"data: {")
     assert tokens > 10
     assert len(read) == 3, "the first, the last, and the example of the rest"
-    assert f'vllm:generation_tokens_total{{engine="0",model_name="demo"}} {tokens}.0' in client.served.metrics.text().decode()
+    counted = asyncio.run(client.served.metrics.text()).decode()
+    assert f'vllm:generation_tokens_total{{engine="0",model_name="demo"}} {tokens}.0' in counted

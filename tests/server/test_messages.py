@@ -91,6 +91,15 @@ def test_why_a_message_ends(make_client: Callable[..., Client]) -> None:
     assert send(client, tools=[TOOL], tool_choice={"type": "tool", "name": "count"})["stop_reason"] == "tool_use"
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_a_prompt_that_is_too_long_is_called_one(client: Client, path: str) -> None:
+    text = "word " * 1100
+    body = {"input": text} if path == "/v1/responses" else {"messages": [{"role": "user", "content": text}], "max_tokens": 1}
+    response = client.post(path, body)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("The prompt has ")
+
+
 def tool_use(n: int) -> dict[str, Any]:
     return {"type": "tool_use", "id": f"call{n}", "name": "count", "input": {"n": n}}
 

@@ -20,6 +20,7 @@ from octavo.config import EngineConfig
 from octavo.frontend.outputs import Delta
 from octavo.messages import EngineInfo, EngineStats, SamplingParams, StructuredOutput
 from octavo.server import log_lines
+from octavo.server.engine_metrics import EngineMetrics
 from octavo.server.log_lines import LineWriter, RequestLines, throughput_lines
 from octavo.server.metrics import Metrics
 from octavo.server.settings import cache_config
@@ -30,7 +31,7 @@ INFO = EngineInfo(1024, 4096, 64, 16, "llama")
 
 
 def read(metrics: Metrics) -> dict[str, Any]:
-    return {family.name: family for family in text_string_to_metric_families(metrics.text().decode())}
+    return {family.name: family for family in text_string_to_metric_families(asyncio.run(metrics.text()).decode())}
 
 
 def values(family: Any, name: str, **labels: str) -> list[float]:
@@ -225,6 +226,28 @@ def test_a_request_has_a_line_without_its_text(client: Client) -> None:
     assert "def" not in plain
     assert with_text.endswith(', prompt "def f\\n"')
     assert "secret" not in with_text
+
+
+def test_a_prompt_in_the_log_neither_ends_its_line_nor_steers_a_terminal(client: Client) -> None:
+    writer = Lines()
+    client.served.log_request = RequestLines(writer, client.engine.tokenizer, 60).write
+    client.complete(prompt='é "\x1b[31m\n\u0085\u2028\x9b31m\u202e\x7f', max_tokens=1)
+    (line,) = writer.lines
+    assert line.endswith(r', prompt "é \"\u001b[31m\n\u0085\u2028\u009b31m\u202e\u007f"')
+
+
+def test_tokens_are_counted_by_the_event_loop_alone(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that did it, too, could count some twice; then fewer would come, by which no counter goes back."""
+    threads: list[threading.Thread] = []
+    count = EngineMetrics.count_generated
+
+    def counted(self: EngineMetrics) -> None:
+        threads.append(threading.current_thread())
+        count(self)
+
+    monkeypatch.setattr(EngineMetrics, "count_generated", counted)
+    assert "vllm:generation_tokens_total" in client.get("/metrics").text
+    assert set(threads) == {threading.current_thread()}
 
 
 def test_a_grammar_is_named_and_long_values_are_cut() -> None:

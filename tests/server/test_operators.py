@@ -18,6 +18,8 @@ import pytest
 import torch
 from cases import cases
 from conftest import COMMON, tokens
+from frontend.test_operations import ask, of
+from frontend.test_operations import operate as over_engines
 from safetensors.torch import load_file, save_file
 from server.api_client import Client, ok
 from server.processes import Server
@@ -26,12 +28,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import LLM, SamplingParams
 from octavo.config import EngineConfig
+from octavo.errors import OctavoError
+from octavo.frontend.operations import Operations
+from octavo.frontend.router import Engine
 from octavo.server.admin import Allowed
 from octavo.server.app import make_app
 from octavo.server.http import JsonEndpoint
 from octavo.server.openapi import describing_routes, openapi
 from octavo.server.protocol import ApiModel
-from octavo.server.serve import add_arguments, operate
+from octavo.server.serve import add_arguments, make_served, operate
 from octavo.server.side_processes import side_processes
 
 PATHS = {
@@ -291,6 +296,43 @@ def test_pause_and_the_prefix_cache(server: Server) -> None:
     assert cached == [0, 32, 0]
 
 
+@pytest.mark.parametrize(("mode", "asleep"), [("wait", False), ("abort", True)])
+def test_a_caller_who_leaves_while_answers_are_awaited_takes_it_back(mode: str, asleep: bool) -> None:
+    """And not one that ends answers, whose clients have been told already."""
+
+    async def test(engine: Engine, operations: Operations) -> None:
+        served = make_served(engine, ["m"])
+        served.operations = operations
+        app, sent = make_app(served, allowed=Allowed(admin=True)), iter([{"type": "http.request"}])
+
+        async def receive() -> dict[str, Any]:
+            if (message := next(sent, None)) is None:
+                await asyncio.sleep(0.2 * (mode == "wait"))
+            return message or {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            pass
+
+        running = asyncio.create_task(ask(engine, "running"))
+        await asyncio.sleep(0.2)
+        scope = {"type": "http", "method": "POST", "path": "/sleep", "query_string": f"mode={mode}".encode(), "headers": []}
+        await app(scope, receive, send)
+        if asleep:
+            with pytest.raises(OctavoError, match="sleeps"):
+                await running
+            while 'sleep_state="weights_offloaded"} 1.0' not in (await served.metrics.text()).decode():
+                await asyncio.sleep(0.01)
+            assert operations.asleep
+        else:
+            assert not running.done()
+            assert await ask(engine, "after", 3) == of(0, 3)
+            assert await running == of(0)
+            await asyncio.sleep(0.1)
+            assert not operations.asleep
+
+    over_engines(test)
+
+
 def test_what_they_refuse_is_said_in_a_sentence(server: Server) -> None:
     cases: list[tuple[str, Any, dict[str, str], int, str]] = [
         ("/sleep?level=3", None, {}, 400, "level must be 1 or 2, not '3'."),
@@ -298,14 +340,20 @@ def test_what_they_refuse_is_said_in_a_sentence(server: Server) -> None:
         ("/pause?mode=now", None, {}, 400, "mode must be abort or wait"),
         ("/wake_up?tags=all", None, {}, 400, "tags must be weights or kv_cache, not 'all'."),
         ("/server_info", None, {}, 405, "not with this HTTP method"),
-        ("/update_weights_from_disk", {}, {}, 400, "model_path: field required."),
+        ("/update_weights_from_disk", {}, {}, 400, "model_path is missing."),
         ("/update_weights_from_disk", {"model_path": "/nowhere"}, {}, 400, "there is no model at '/nowhere'"),
-        ("/update_weights_from_disk", {"model_path": "/x", "load_format": "npcache"}, {}, 400, "load_format: "),
-        ("/update_weights_from_disk", {"model_path": "/x", "flush_cache": False}, {}, 400, "flush_cache: "),
-        ("/collective_rpc", {"method": "sleep"}, {}, 400, "method: "),
-        ("/collective_rpc", {"method": "reload_weights", "args": [1]}, {}, 400, "args: "),
-        ("/collective_rpc", {"method": "reload_weights", "kwargs": {"x": 1}}, {}, 400, "kwargs.x: "),
-        ("/collective_rpc", {"method": "reload_weights", "timeout": 0}, {}, 400, "timeout: "),
+        (
+            "/update_weights_from_disk",
+            {"model_path": "/x", "load_format": "npcache"},
+            {},
+            400,
+            "load_format should be 'auto' or",
+        ),
+        ("/update_weights_from_disk", {"model_path": "/x", "flush_cache": False}, {}, 400, "flush_cache should be true, not f"),
+        ("/collective_rpc", {"method": "sleep"}, {}, 400, "method should be 'reload_weights', not 'sleep'."),
+        ("/collective_rpc", {"method": "reload_weights", "args": [1]}, {}, 400, "args should have at most 0 entries."),
+        ("/collective_rpc", {"method": "reload_weights", "kwargs": {"x": 1}}, {}, 400, "kwargs.x is not known here."),
+        ("/collective_rpc", {"method": "reload_weights", "timeout": 0}, {}, 400, "timeout should be over 0, not 0."),
         ("/collective_rpc", {"method": "reload_weights", "timeout": 1e-9}, {}, 504, "loading goes on"),
         ("/sleep", None, {"Origin": "http://page"}, 403, "answers no web page"),
         ("/collective_rpc", {"method": "reload_weights"}, {"Origin": "http://page"}, 403, "answers no web page"),

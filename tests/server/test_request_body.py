@@ -56,10 +56,10 @@ def test_a_large_body_is_read_beside_the_server(client: Client, path: str, more:
         (
             CHAT,
             {"messages": [USER], "tools": [{"function": {"name": "a"}}] * 4097},
-            "tools: list should have at most 4096 items",
+            "tools should have at most 4096 entries.",
         ),
         (COMPLETIONS, {"prompt": 5, "user": "a" * SMALL_BODY}, "prompt should be a string, a list of strings, "),
-        (COMPLETIONS, {"prompt": "a", "n": "a" * SMALL_BODY}, "n: should be a valid integer, "),
+        (COMPLETIONS, {"prompt": "a", "n": "a" * SMALL_BODY}, "n should be a whole number, not 'aaa"),
         (COMPLETIONS, ["a" * SMALL_BODY], "The body should be a JSON object, not list."),
     ],
 )
@@ -109,9 +109,9 @@ def test_of_many_faults_in_a_list_one_is_looked_for(name: str, monkeypatch: pyte
     counts = []
     tell = error_responses.from_validation
 
-    def counted(error: Any) -> ApiError:
+    def counted(error: Any, data: Any) -> ApiError:
         counts.append(error.error_count())
-        return tell(error)
+        return tell(error, data)
 
     monkeypatch.setattr(request_body, "from_validation", counted)
     for many in (1, 10_000):

@@ -277,6 +277,29 @@ def test_a_chat_with_calls(make_client: MakeClient) -> None:
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_of_calls_that_may_not_be_parallel_the_first_is_told(make_client: MakeClient, path: str) -> None:
+    text = f"Wait. <tool_call>{call('f', A)}</tool_call>\n<tool_call>{call('g', B)}</tool_call>"
+    client = make_client(text, tool_parser="hermes")
+    if path == "/v1/chat/completions":
+        asked = {"tools": TOOLS, "parallel_tool_calls": False}
+        told = client.chat(**asked)["choices"][0]
+        assert [one["function"]["name"] for one in told["message"]["tool_calls"]] == ["f"]
+        assert told["finish_reason"] == "tool_calls"
+        deltas = [event["choices"][0]["delta"] for event in client.events(path, **asked)]
+        assert [one["function"]["name"] for delta in deltas for one in delta.get("tool_calls", [])] == ["f"]
+    elif path == "/v1/responses":
+        tools = [{"type": "function", **tool["function"]} for tool in TOOLS]
+        told = client.post(path, {"input": "hi", "tools": tools, "parallel_tool_calls": False}).json()
+        assert [item["name"] for item in told["output"] if item["type"] == "function_call"] == ["f"]
+    else:
+        tools = [{"name": tool["function"]["name"], "input_schema": {}} for tool in TOOLS]
+        choice = {"type": "auto", "disable_parallel_tool_use": True}
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 100, "tools": tools, "tool_choice": choice}
+        told = client.post(path, body).json()
+        assert [block["name"] for block in told["content"] if block["type"] == "tool_use"] == ["f"]
+
+
 def test_calls_are_content_where_no_tools_are(make_client: MakeClient) -> None:
     text = f"<tool_call>{call('f', A)}</tool_call>"
     client = make_client(text, tool_parser="hermes")

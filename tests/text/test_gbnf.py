@@ -6,7 +6,9 @@ import ast
 import json
 import random
 import re
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 
 import pytest
@@ -14,8 +16,8 @@ from cases import cases
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from octavo.errors import InvalidRequest
-from octavo.messages import StructuredOutput
-from octavo.text.gbnf import lark_of
+from octavo.messages import MAX_GRAMMAR, StructuredOutput
+from octavo.text.gbnf import is_gbnf, lark_of
 from octavo.text.llguidance_grammar import serialize
 
 JSON = r"""
@@ -152,7 +154,8 @@ WRONG = {
     'root ::= "a" (= "b")': "lookahead assertions, '(= ...)', are not served",
     "root ::= x": "it has no rule 'x'",
     'x ::= "a"': "it has no rule 'root'",
-    'root ::= "a': "Unexpected end of input at line 1",
+    'root ::= "a': "it ends within a string",
+    "root ::= [a\\]": "it ends within brackets",
     'root ::= "a\\': "it ends within a string",
     'root ::= "\\q"': r"it has the escape '\q', which GBNF does not have",
     'root ::= "\\ud83d"': r"its escape \ud83d is no character",
@@ -183,3 +186,27 @@ def test_rules_that_repeat_each_other_stay_small() -> None:
     assert accepts(f'root ::= r21 | "b"\n{rules}\nr40 ::= "a"', "b")
     with pytest.raises(ValueError, match="over 65536 characters, the most that is read"):
         lark_of("root ::= " + '"a" ' * 20_000)
+
+
+def test_alternatives_that_repeat_a_rule_stay_small() -> None:
+    """Written out as one regular expression this would be 300 MB."""
+    made = lark_of("root ::= " + " | ".join(["long"] * 5_000) + '\nlong ::= "' + "a" * 14_000 + '"')
+    assert len(made) < 2**17
+
+
+# Each took tens of seconds or more, all of them with the interpreter's lock.
+LONG = {
+    "line ends": "\n" * MAX_GRAMMAR,
+    "classes that are not closed": "root ::= " + "[" * 60_000,
+    "strings that are not closed": "root ::= " + '"\\' * 30_000,
+    "a chain of rules": "\n".join(f"r{n} ::= r{n + 1}" for n in range(4_000)).replace("r0", "root", 1) + '\nr4000 ::= "a"',
+}
+
+
+@cases("name", LONG)
+def test_long_grammars_take_linear_time(name: str) -> None:
+    began = time.process_time()
+    if is_gbnf(LONG[name]):
+        with suppress(ValueError, RecursionError):
+            lark_of(LONG[name])
+    assert time.process_time() - began < 4

@@ -140,9 +140,11 @@ class MessageReader:
         calls: CallParser | None,
         thinking: ThinkSplitter | ThinkKeeper | None,
         make_id: Callable[[str, int], str] | None = None,
+        parallel: bool = True,
     ):
-        """`make_id(function name, index of the call)`: the id of a call for which the model wrote none."""
-        self._parser, self._thinking, self._make_id = calls, thinking, make_id or _call_id
+        """`make_id(function name, index of the call)`: the id of a call for which the model wrote none. `parallel`: whether
+        calls behind the first are told."""
+        self._parser, self._thinking, self._make_id, self._parallel = calls, thinking, make_id or _call_id, parallel
         self.calls = 0
 
     @property
@@ -176,6 +178,7 @@ class MessageReader:
         parts = self._parser.feed(text) + (self._parser.finish() if final else [])
         content = "".join(part for part in parts if isinstance(part, str))
         calls = [self._call(part) for part in parts if isinstance(part, ToolCall)]
+        calls = [call for call in calls if self._parallel or not call["index"]]
         return ({"content": content} if content else {}) | ({"tool_calls": calls} if calls else {})
 
     def _call(self, call: ToolCall) -> dict[str, Any]:
