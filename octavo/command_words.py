@@ -139,7 +139,7 @@ def _loader(text: str) -> Any:
     """PyYAML's, with the numbers of YAML 1.2. By itself it reads 1.1, where 1e6 is a text, 0123 is 83 and 1:30 is 90."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's convention)
             first: [(tag, pattern) for tag, pattern in listed if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
             for first, listed in yaml.SafeLoader.yaml_implicit_resolvers.items()

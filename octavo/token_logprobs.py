@@ -36,8 +36,10 @@ class PackedLogprobs(Sequence[Logprobs | None]):
         made = cls()
         for entry in entries:
             if entry:
-                for column, values in zip((made._ids, made._values, made._ranks), zip(*entry, strict=True), strict=True):
-                    column.extend(values)
+                ids, values, ranks = zip(*entry, strict=True)
+                made._ids.extend(ids)
+                made._values.extend(values)
+                made._ranks.extend(ranks)
             made._ends.append(len(made._ids))
         return made
 

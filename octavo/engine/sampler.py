@@ -136,7 +136,7 @@ def logprobs_of(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[L
     chosen = logprobs.gather(1, tokens.clamp(min=0).unsqueeze(1))  # rows with NO_TOKEN are never reported
     ranks = (logprobs > chosen).sum(-1).add(1).tolist()
     top, ids = logprobs.topk(min(max(counts), logits.shape[1]), -1)
-    out = []
+    out: list[Logprobs] = []
     for i, (token, value, count) in enumerate(zip(tokens.tolist(), chosen.squeeze(1).tolist(), counts, strict=True)):
         alternatives = zip(ids[i, :count].tolist(), top[i, :count].tolist(), strict=True)
         out.append((Logprob(token, value, ranks[i]), *(Logprob(t, v, rank) for rank, (t, v) in enumerate(alternatives, 1))))

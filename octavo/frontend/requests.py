@@ -33,7 +33,7 @@ def engine_requests(
     grammar = check_request(info, tokenizer, prompt_token_ids, params)
     if grammar is not None:
         params = replace(params, structured=None)  # the grammar is sent once, in the validated form
-    more: dict[str, Any] = {"bad_words": _bad_words(tokenizer, params.bad_words), "cache_salt": cache_salt}
+    more: dict[str, Any] = {"bad_words": _bad_words(info, tokenizer, params.bad_words), "cache_salt": cache_salt}
     more["images"] = tuple(images)
     if params.n == 1:
         return [EngineRequest(request_id, prompt_token_ids, params, eos_token_ids, grammar, **more)]
@@ -43,8 +43,10 @@ def engine_requests(
     ]
 
 
-def _bad_words(tokenizer: Tokenizer | None, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Token ids of each word at the start of a text and after a space: the sequences that vLLM forbids."""
+def _bad_words(info: EngineInfo, tokenizer: Tokenizer | None, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each word at the start of a text and after a space: the sequences that vLLM forbids. Those with a token that
+    the model does not have, as a tokenizer may, are never written.
+    """
     if not words:
         return ()
     if tokenizer is None:
@@ -57,9 +59,9 @@ def _bad_words(tokenizer: Tokenizer | None, words: Sequence[str]) -> tuple[tuple
         spaced = tuple(tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
         spelled[bare] = None
         # a separate space token before the same tokens would forbid the same sequences as `bare`
-        if len(spaced) == len(bare) and spaced[0] != bare[0]:
+        if len(spaced) == len(bare) and spaced[:1] != bare[:1]:
             spelled[spaced] = None
-    return tuple(spelled)
+    return tuple(word for word in spelled if word and max(word) < info.vocab_size)
 
 
 def check_images(info: EngineInfo, images: Sequence[PlacedImage]) -> None:

@@ -29,6 +29,16 @@ def generated(llm: LLM, prompt="def read(self", **params):
     return llm.generate(prompt, wanted, use_tqdm=False)[0].outputs[0]
 
 
+def test_bad_words_of_tokens_that_the_model_does_not_have(llm, monkeypatch):
+    """As a tokenizer may, whose vocabulary is larger; and those that it makes no token of. They ended the engine."""
+    encode, beyond = llm.tokenizer.encode, llm.info.vocab_size + 3
+    known = {"<extra>": [beyond], " <extra>": [7, beyond], "\u200b": [], " \u200b": []}
+    monkeypatch.setattr(
+        llm.tokenizer, "encode", lambda text, *how, **more: known[text] if text in known else encode(text, *how, **more)
+    )
+    assert generated(llm, bad_words=["<extra>", "\u200b"]).token_ids == generated(llm).token_ids
+
+
 def test_bad_words(llm):
     plain = generated(llm)
     assert " size" in plain.text

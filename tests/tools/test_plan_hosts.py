@@ -85,6 +85,13 @@ def test_what_is_said() -> None:
     assert any("--pipeline-parallel-size 33 splits the model's 32 layers" in text for text in said["refused"])
 
 
+def test_stages_of_a_kind_that_was_not_run_are_told() -> None:
+    """docs/hardware.md says which were."""
+    eight = "Llama-3.1-8B", "--accelerator", "h200", "--num-accelerators", "8"
+    for words, told in ((("-tp", "1", "-pp", "2"), False), (("-tp", "2", "-pp", "2"), True), (("-tp", "1", "-pp", "4"), True)):
+        assert any(note.startswith("Of pipeline stages two were run") for note in answer(*eight, *words)["notes"]) == told
+
+
 def test_stages_of_a_model_with_images_serve_text_alone() -> None:
     """The printed command is one that `octavo serve` takes, and no memory is kept for images; a plan of one stage keeps it."""
     on = "--accelerator", "h200", "--num-accelerators", "8", "--num-hosts", "2"

@@ -191,8 +191,8 @@ def notes(plan: Plan) -> list[str]:
         out.append(f"The cache would take {gb(f.cache)} of its room: what --max-num-seqs {q.config.max_num_seqs} can use.")
     if f and f.max_model_len and (spare := q.all // (q.tp * q.pp)) > 1:
         out.append(f"{spare} such servers fit on {q.all} accelerators side by side; numbers are of one.")
-    if q.pp > 1 and not q.on.is_cpu:
-        out.append("Pipeline stages were not run on accelerators yet, and replay no graphs there: this is what they could do.")
+    if q.pp > 1 and not q.on.is_cpu and (q.tp, q.pp, q.hosts) != (1, 2, 1):
+        out.append("Of pipeline stages two were run on accelerators, of one rank each on one host; these could do so much.")
     return out
 
 
