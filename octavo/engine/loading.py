@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import time
 from collections.abc import Mapping
@@ -153,10 +154,13 @@ def _said_of(source: SafetensorsSource | DummySource, config: EngineConfig, dtyp
 def _check_room(
     model: Model, source: SafetensorsSource | DummySource, platform: Platform, scheme: Scheme, tp: TensorParallel
 ) -> None:
-    """Raises OctavoError where the matrices cannot fit: those of the files, or those that dummy weights would be."""
+    """Raises OctavoError where the matrices cannot fit: those of the files that are read, or that dummy weights would be."""
     if isinstance(source, SafetensorsSource):
         stored = any(t.dtype.startswith("F8") or t.dtype == "I32" for t in source.checkpoint.tensors.values())
-        sizes, ranks = MatrixSizes(source.checkpoint.matrix_values(), source.checkpoint.packed_bytes()), tp.engine.size
+        globs = set(model.ignored) - set(model.other_stages)
+        unread = {name for glob in globs for name in fnmatch.filter(source.names, glob)}
+        sizes = MatrixSizes(source.checkpoint.matrix_values(unread), source.checkpoint.packed_bytes(unread))
+        ranks = tp.engine.size
     else:  # the model has this stage's matrices alone
         stored = source.stored_format is not None
         sizes, ranks = matrix_sizes(cast("nn.Module", model), source.stored_format, QuantRules(), platform), tp.size

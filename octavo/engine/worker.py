@@ -134,6 +134,8 @@ def _receive(line: _Line, inbox: SimpleQueue[Message], place: Place) -> None:
         if place.store:  # a parent that was killed leaves the directory
             shutil.rmtree(Path(place.store).parent, ignore_errors=True)
         inbox.put(("shutdown",))
+    except Exception as error:  # what was sent cannot be read; without this thread every later request would wait for ever
+        _report(error, line, "dead", f"The engine cannot read what it was sent: {_sentence(error)}")
     time.sleep(ORPHAN_GRACE)
     os._exit(1)  # a step that hangs must not hold the accelerator's memory
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -77,8 +77,7 @@ class Checkpoint:
         self.finite = FiniteCheck(self.tensors)  # every reader of values must pass them to it
         self._slabs = threading.local()
         self._descriptors: dict[str, int] = {}
-        self._maps: dict[str, Any] = {}
-        self._pages: dict[str, Any] = {}
+        self._maps, self._pages = dict[str, Any](), dict[str, Any]()  # by file
         self.bytes_read = 0  # of tensors, as far as they were asked for
         self._lock = threading.Lock()
         if absent:
@@ -94,13 +93,14 @@ class Checkpoint:
         """Whether config.json says that activations which FP8 codes of `module` multiply stay as they are."""
         return self._said is not None and self._said.of(module).weight_only
 
-    def matrix_values(self) -> int:
-        """The number of values in all matrices but packed ones, from the headers alone."""
-        return sum(prod(t.shape) for t in self.tensors.values() if len(t.shape) > 1 and not t.name.endswith("_packed"))
+    def matrix_values(self, without: Collection[str] = ()) -> int:
+        """The number of values in all matrices but packed ones and `without`, from the headers alone."""
+        matrices = (t for t in self.tensors.values() if len(t.shape) > 1 and not t.name.endswith("_packed"))
+        return sum(prod(t.shape) for t in matrices if t.name not in without)
 
-    def packed_bytes(self) -> int:
-        """The bytes of packed INT4, without scales, from the headers alone."""
-        return sum(t.nbytes for t in self.tensors.values() if t.name.endswith("_packed"))
+    def packed_bytes(self, without: Collection[str] = ()) -> int:
+        """The bytes of packed INT4 but `without`, without scales, from the headers alone."""
+        return sum(t.nbytes for t in self.tensors.values() if t.name.endswith("_packed") and t.name not in without)
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: Tensor) -> None:
         """Fills `buffer` (uint8) from the tensor's byte `start` on. Thread-safe; releases the interpreter's lock."""

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -317,9 +318,22 @@ def test_a_stage_of_a_pipeline_needs_room_for_its_part():
     source = SafetensorsSource(MODEL_DIR)
     stage = TensorParallel(everyone=TensorParallel(0, 2), stages=Stages(0, 2))
     device = cuda(free=2 * 0.6 * source.checkpoint.matrix_values() / GIB)
-    _check_room(None, source, device, BF16, stage)
+    whole = SimpleNamespace(ignored=(), other_stages=())
+    _check_room(whole, source, device, BF16, stage)
     with pytest.raises(OctavoError, match="the weights alone would take"):
-        _check_room(None, source, device, BF16, TensorParallel())
+        _check_room(whole, source, device, BF16, TensorParallel())
+    source.close()
+
+
+def test_what_no_layer_reads_needs_no_room():
+    """Layers that predict further tokens, or a tower with --language-model-only; not what other stages read."""
+    source = SafetensorsSource(MODEL_DIR)
+    unread = {name for name in source.names if ".layers.0." in name}
+    device = cuda(free=2.002 * source.checkpoint.matrix_values(unread) / GIB)
+    _check_room(SimpleNamespace(ignored=("*.layers.0.*",), other_stages=()), source, device, BF16, TensorParallel())
+    elsewhere = SimpleNamespace(ignored=("*.layers.0.*",), other_stages=("*.layers.0.*",))
+    with pytest.raises(OctavoError, match="the weights alone would take"):
+        _check_room(elsewhere, source, device, BF16, TensorParallel())
     source.close()
 
 
