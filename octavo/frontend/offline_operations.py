@@ -69,6 +69,6 @@ class OfflineOperations:
         self._core.reset_prefix_cache()
 
     def _finish_steps(self) -> None:
-        """Takes the steps that were launched before it was known that their requests have ended, by a stop string or an error."""
+        """Takes the steps that were launched before it was known that their requests had ended, as by a stop string."""
         while self._core.has_work():
             self._core.step()
