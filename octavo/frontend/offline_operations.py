@@ -36,6 +36,7 @@ class OfflineOperations:
         if level not in (1, 2):
             raise InvalidRequest(f"level must be 1 or 2, not {level}.", "level")
         if self._awake:
+            self._finish_steps()
             self._core.sleep()
             self._awake = frozenset()
 
@@ -58,6 +59,7 @@ class OfflineOperations:
         may be new. Shapes and schemes stay those of the start, and the prefix cache is dropped.
         """
         directory = self._directory if weights_path is None else checkpoint_to_load(str(weights_path))
+        self._finish_steps()
         self._core.reload(directory)
         self._directory = directory
 
@@ -65,3 +67,8 @@ class OfflineOperations:
     def reset_prefix_cache(self) -> None:
         """Forgets the prefixes and images of past requests."""
         self._core.reset_prefix_cache()
+
+    def _finish_steps(self) -> None:
+        """Takes the steps that were launched before it was known that their requests had ended, as by a stop string."""
+        while self._core.has_work():
+            self._core.step()

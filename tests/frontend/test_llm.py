@@ -240,3 +240,17 @@ def test_a_long_answer_is_put_together_in_linear_time():
         return took
 
     assert seconds(160_000) < 40 * min(seconds(10_000) for _ in range(3))
+
+
+def test_a_step_that_was_launched_ahead_does_not_keep_an_llm_awake(llm):
+    """On a GPU one may be in flight where a stop string has ended the last request."""
+    core, done = llm._core, []
+    ahead = [([], EngineStats())]
+    core.has_work, core.step = lambda: bool(ahead), ahead.pop
+    core.sleep, core.wake = lambda: done.append(("sleep", len(ahead))), lambda parts: done.append(parts)
+    core.reload = lambda model: done.append((model, len(ahead)))
+    llm.sleep()
+    llm.wake_up()
+    ahead.append(([], EngineStats()))
+    llm.reload_weights()
+    assert done == [("sleep", 0), ("weights",), ("kv_cache",), (llm.config.model, 0)]
