@@ -11,7 +11,7 @@ from octavo import files
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.messages import SamplingParams
 
-__all__ = ["Generation", "default_sampling", "eos_token_ids", "read_json"]
+__all__ = ["Generation", "read_json"]
 
 # Field of generation_config.json -> field of SamplingParams, its types, and their description.
 _RECOMMENDED: dict[str, tuple[str, tuple[type, ...], str]] = {
@@ -65,16 +65,6 @@ class Generation(NamedTuple):
             raise OctavoError(f"{option}: {unknown[0]} is no sampling parameter; it takes {', '.join(_RECOMMENDED)}.")
         path = self.settings / "generation_config.json"
         return {**(_read(str(path), read_json(path)) if self.recommended else {}), **_read(option, self.overrides)}
-
-
-def eos_token_ids(directory: str | Path) -> frozenset[int]:
-    """The end-of-sequence token ids of a checkpoint, from generation_config.json or else config.json."""
-    return Generation.of(directory).eos_token_ids()
-
-
-def default_sampling(directory: str | Path) -> dict[str, Any]:
-    """The checkpoint's recommended sampling parameters, by SamplingParams' names."""
-    return Generation.of(directory).sampling()
 
 
 def _read(where: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from octavo import LLM, SamplingParams
 from octavo.demo import MODEL_DIR
 from octavo.errors import OctavoError
 from octavo.messages import StructuredOutput
-from octavo.text.generation_config import Generation, default_sampling, eos_token_ids
+from octavo.text.generation_config import Generation
 from octavo.text.tokenizer import load_tokenizer
 
 
@@ -26,16 +26,16 @@ def write(directory: Path, **values: Any) -> Path:
 
 def test_names_of_sampling_params(tmp_path: Path) -> None:
     given = {"temperature": 1, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1, "max_new_tokens": 7}
-    found = default_sampling(write(tmp_path, **given, do_sample=True, top_h=None))
+    found = Generation.of(write(tmp_path, **given, do_sample=True, top_h=None)).sampling()
     assert found == {key: value for key, value in given.items() if key != "max_new_tokens"} | {"max_tokens": 7}
-    assert default_sampling(tmp_path / "nowhere") == {}
+    assert Generation.of(tmp_path / "nowhere").sampling() == {}
 
 
 @cases("name", ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens"])
 @cases("value", ["0.5", [1], {"a": 1}, True, float("nan"), -7, 1e400])
 def test_wrong_values_are_one_sentence(tmp_path: Path, name: str, value: Any) -> None:
     with pytest.raises(OctavoError, match=rf"generation_config.json: {name} must be [^\n]+\.$"):
-        default_sampling(write(tmp_path, **{name: value}))
+        Generation.of(write(tmp_path, **{name: value})).sampling()
 
 
 @cases("value", ["0", [1, "2"], 1.5, True, -1, {"a": 1}, [[1]], [None]])
@@ -43,7 +43,7 @@ def test_wrong_values_are_one_sentence(tmp_path: Path, name: str, value: Any) ->
 def test_ends_that_are_no_ids(tmp_path: Path, name: str, value: Any) -> None:
     (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(OctavoError, match=rf"{name}: eos_token_id must be a token id or a list of them, not [^\n]+\.$"):
-        eos_token_ids(tmp_path)
+        Generation.of(tmp_path).eos_token_ids()
 
 
 def test_a_server_and_llm_say_it_before_they_load(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from octavo.demo import MODEL_DIR
 from octavo.errors import InvalidRequest, OctavoError
 from octavo.text.chat_template import render_chat
-from octavo.text.generation_config import default_sampling, eos_token_ids
+from octavo.text.generation_config import Generation
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
 
 LIBRARY = tokenizers.Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))  # the text of tokens, by who wrote them
@@ -124,8 +124,8 @@ def test_special_tokens_are_added_as_transformers_adds_them(tmp_path, added, say
 
 def test_eos_of_the_text_model(tmp_path):
     (tmp_path / "config.json").write_text('{"text_config": {"eos_token_id": 3}}')
-    assert eos_token_ids(tmp_path) == {3}
-    assert default_sampling(tmp_path) == {}
+    assert Generation.of(tmp_path).eos_token_ids() == {3}
+    assert Generation.of(tmp_path).sampling() == {}
 
 
 def test_clear_errors(tmp_path, demo):
