@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from octavo import ops
-from octavo.convert.calibrated_layer import TOGETHER, CalibratedLayer, Loss, State
+from octavo.convert.calibrated_layer import CalibratedLayer, Loss, State, together
 from octavo.convert.key_rounding import Rounding, write_key_rounding
 from octavo.convert.output_file import write_error
 from octavo.convert.quantize_plan import Piece, Plan
 from octavo.distributed import TensorParallel
+from octavo.host import keep
 from octavo.models import build_model
 from octavo.models.common import DecoderLM
 from octavo.models.interface import ModelInput, StageState
@@ -34,6 +35,7 @@ from octavo.platform import Platform
 __all__ = ["WINDOW", "LayerLosses", "Stash", "calibrate"]
 
 KEYS = "key_influence", "key_order"  # of a layer, beside its codes
+KEPT = 1 << 30  # freed bytes that a CPU's layers use again, instead of clearing other pages
 WINDOW = 512  # tokens of text that attend to each other
 
 LayerLosses = dict[str, Loss]
@@ -128,8 +130,10 @@ def calibrate(
     """
     with _threads(threads):
         ops.bind(platform)
+        if platform.is_cpu:
+            keep(KEPT)
         longest = max(map(len, windows))
-        batches = [windows[i : i + TOGETHER] for i in range(0, len(windows), TOGETHER)]
+        batches = together(windows, platform.device)
         pieces: dict[str, Piece] = {piece.module: piece for piece in plan.quantized if not piece.is_kept}
         whole = build_model(config, TensorParallel(), longest)
         count: int = cast("DecoderLM", whole).config.num_hidden_layers
@@ -149,7 +153,9 @@ def calibrate(
             stash.put(number, layer, states)
             tell(number, count, layer.losses)
             del layer  # before the next is loaded
-            platform.release()
+            if not platform.is_cpu:
+                platform.release()
+        platform.release()
 
 
 @contextmanager
