@@ -68,8 +68,8 @@ class Loss:
 
 
 class CalibratedLayer:
-    """Layer `number` of the checkpoint in `directory`, in the model's own dtype, for batches that `together` makes of windows of
-    at most `longest` tokens each.
+    """Layer `number` of the checkpoint in `directory`, in the model's own dtype, for what `together` makes of windows, each
+    of at most `longest` tokens.
 
     `pieces`: by module, the matrices that are to be rounded. `made` holds codes e4m3fn [N, K] and scales FP32 as `peaks` shapes
     them, by module, and `losses` what they lose, by the first module of those that share their inputs. `key_rounding`: how the

@@ -3,7 +3,7 @@
 With H the sum of x x^T over inputs x of the layer, the rounded weight W' loses tr((W' - W) H (W' - W)^T), the squared error of
 its outputs. Columns are rounded one after the other, and what each loses is carried into those that are still to come, in the
 amounts that lower this loss most: GPTQ (arXiv:2210.17323), in the form of LDLQ (arXiv:2307.13304), which gives the same codes
-and takes one factorization of H and no inverse. (H is damped, so FP32 factors it: 4e-7 of float64's factor, on SmolLM2's layers.)
+and takes one factorization of H and no inverse. (H is damped, so FP32 factors it: 4e-7 from float64 in SmolLM2.)
 Then, in the same order and more than once, each code becomes the one that is best where all others stay (coordinate descent).
 Scales are fixed before, so codes mean what plain codes mean.
 """

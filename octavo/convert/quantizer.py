@@ -54,7 +54,7 @@ def output_files(plan: Plan, output: Path) -> dict[str, OutputFile]:
             for name, pieces in plan.files.items()}  # fmt: skip
 
 
-STATES = 3  # of what a stopped calibration leaves to be continued: a number for each form that it has had
+STATES = 4  # of what a stopped calibration leaves to be continued: a number for each form that it has had
 
 
 def job_of(
