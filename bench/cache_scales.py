@@ -25,7 +25,7 @@ from bench.calibration import measured, smollm2
 from octavo import ops
 from octavo.config import EngineConfig
 from octavo.convert.cache_scales import STRATEGIES, scales_to_measure
-from octavo.convert.calibrated_layer import TOGETHER, CalibratedLayer
+from octavo.convert.calibrated_layer import CalibratedLayer, together
 from octavo.convert.key_rounding import write_key_rounding
 from octavo.demo import HELDOUT, MODEL_DIR
 from octavo.engine.calibration_text import calibration_windows
@@ -61,7 +61,7 @@ def calibrated(model: Path, out: Path, strategy: str, windows: list[list[int]]) 
     ops.bind(platform)
     with closing(Checkpoint(model)) as checkpoint:
         scales = scales_to_measure(checkpoint, config, strategy)
-    batches = [windows[at : at + TOGETHER] for at in range(0, len(windows), TOGETHER)]
+    batches = together(windows, platform.device)
     tensors, roundings, states = {}, {}, []
     for number in range(config["num_hidden_layers"]):
         layer = CalibratedLayer(model, config, number, max(map(len, windows)), platform, {}, scales)

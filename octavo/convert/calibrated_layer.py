@@ -14,9 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from octavo import batch, ops
+from octavo import ops
+from octavo.batch import ForwardBatch, Span, build
 from octavo.convert.cache_scales import SCALES, CacheScales, Measured
-from octavo.convert.compensated import compensated, symmetric
+from octavo.convert.compensated import compensated, forms, symmetric
 from octavo.convert.key_rounding import Rounding, key_rounding
 from octavo.convert.quantize_plan import Piece
 from octavo.convert.row_quantize import peaks, search_errors, searched_scale
@@ -35,7 +36,7 @@ from octavo.quant.scheme import BF16, Granularity
 from octavo.weights import Loader, SafetensorsSource, load
 from octavo.weights.loader import places_of, stored_modules
 
-__all__ = ["TOGETHER", "CalibratedLayer", "Loss", "State"]
+__all__ = ["CalibratedLayer", "Loss", "State", "together"]
 
 BLOCK_SIZE = 16
 TOGETHER = 4  # windows of text in a batch: products of 2,048 tokens take a fifth less time than four of 512 each
@@ -44,6 +45,17 @@ E4M3 = torch.float8_e4m3fn
 
 State = ModelInput | StageState
 Linear = ColumnParallelLinear | RowParallelLinear
+
+
+def together(windows: Sequence[Sequence[int]], device: torch.device) -> list[ForwardBatch]:
+    """Batches of TOGETHER windows of token ids each, in the blocks of a cache that each batch has for itself."""
+    batches = []
+    for at in range(0, len(windows), TOGETHER):
+        spans, first = [], 1
+        for window in windows[at : at + TOGETHER]:
+            spans.append(Span(window, 0, range(first, first := first - len(window) // -BLOCK_SIZE)))
+        batches.append(build(spans, BLOCK_SIZE, device))
+    return batches
 
 
 @dataclass(frozen=True)
@@ -57,8 +69,8 @@ class Loss:
 
 
 class CalibratedLayer:
-    """Layer `number` of the checkpoint in `directory`, in the model's own dtype, for batches of at most TOGETHER windows of at
-    most `longest` tokens each.
+    """Layer `number` of the checkpoint in `directory`, in the model's own dtype, for what `together` makes of windows, each
+    of at most `longest` tokens.
 
     `pieces`: by module, the matrices that are to be rounded. `made` holds codes e4m3fn [N, K] and scales FP32 as `peaks` shapes
     them, by module, and `losses` what they lose, by the first module of those that share their inputs. `key_rounding`: how the
@@ -87,31 +99,31 @@ class CalibratedLayer:
         self.loader.source.close()
 
     @torch.inference_mode()
-    def embed(self, windows: Sequence[Sequence[int]]) -> State:
+    def embed(self, batch: ForwardBatch) -> State:
         """What the first layer reads of a batch."""
-        return self.model.embed(torch.tensor([token for window in windows for token in window], device=self.platform.device))
+        return self.model.embed(batch.input_ids)
 
     @torch.inference_mode()
-    def run(self, windows: Sequence[Sequence[int]], state: State) -> Tensor | State:
+    def run(self, batch: ForwardBatch, state: State) -> Tensor | State:
         """What the layer makes of a batch's state: the next layer's."""
         own = state._replace(x=state.x.clone())  # layers add to their residual in place
         if isinstance(own, StageState):
             own = own._replace(residual=own.residual.clone())
-        return self.model(batch.build(_spans(windows), BLOCK_SIZE, self.platform.device), own)
+        return self.model(batch, own)
 
     @torch.inference_mode()
-    def quantize(self, batches: Sequence[Sequence[Sequence[int]]], states: Sequence[State]) -> list[Tensor | State]:
+    def quantize(self, batches: Sequence[ForwardBatch], states: Sequence[State]) -> list[Tensor | State]:
         """Rounds the layer's matrices, and its keys, by what reads them in `states`. Gives what it makes of each, unrounded."""
         modules = self._modules()
         inputs = {path: _Inputs() for path in modules}
-        attention = self._attention(sum(len(window) for windows in batches for window in windows))
+        attention = self._attention(sum(sum(batch.query_lens) for batch in batches))
         handles = [modules[path].register_forward_pre_hook(one.see) for path, one in inputs.items()]
         try:
             after = []
-            for windows, state in zip(batches, states, strict=True):
-                after.append(self.run(windows, state))
+            for batch, state in zip(batches, states, strict=True):
+                after.append(self.run(batch, state))
                 for seen in attention.values():
-                    seen.see(_spans(windows))
+                    seen.see(batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -180,7 +192,7 @@ class CalibratedLayer:
         w = torch.cat([dense[i] for i in chosen])
         stored = {i: _per_row(scales[i], self.pieces[names[i]], len(dense[i])) for i in chosen}
         rounded = compensated(w, torch.cat([expand_scale(stored[i], dense[i].shape) for i in chosen]), hessian)
-        size = float((w @ hessian).mul_(w).sum(dtype=torch.float64))
+        size = float(forms(w, hessian).sum())
         self.losses[names[chosen[0]]] = Loss(float(rounded.plain.sum()), float(rounded.loss.sum()), size)
         heights = [len(dense[i]) for i in chosen]
         for i, codes in zip(chosen, rounded.codes.view(torch.uint8).split(heights), strict=True):
@@ -198,12 +210,12 @@ class _Attention:
         self.layer, self.stored = layer, (Measured(tokens), Measured(tokens))
         layer.query_gram = torch.zeros(layer.kv_heads, layer.head_dim, layer.head_dim, device=device)
 
-    def see(self, spans: Sequence[batch.Span]) -> None:
+    def see(self, batch: ForwardBatch) -> None:
         """The windows that the layer has just read."""
-        for span in spans:
-            blocks = slice(span.block_ids[0], span.block_ids[-1] + 1)
+        for table, length in zip(batch.block_tables, batch.query_lens, strict=True):
+            blocks = table[: -(length // -BLOCK_SIZE)]
             for name, measured in zip("kv", self.stored, strict=True):
-                measured.see(self.layer.cache.views[name][blocks].flatten(0, 1)[: len(span.token_ids)])
+                measured.see(self.layer.cache.views[name][blocks].flatten(0, 1)[:length])
 
     def grams(self) -> Tensor:
         """The sums of q q^T, FP32 [heads, D, D]. Queries are no longer summed."""
@@ -236,14 +248,6 @@ class _Inputs:
         ops.add_gram(self.hessian, x)
 
 
-def _spans(windows: Sequence[Sequence[int]]) -> list[batch.Span]:
-    """Windows as requests, one behind the other in the cache; its first block is that of rows which pad a step."""
-    spans, first = [], 1
-    for window in windows:
-        spans.append(batch.Span(window, 0, range(first, first := first - len(window) // -BLOCK_SIZE)))
-    return spans
-
-
 def _parts(linear: Linear) -> list[str]:
     return linear.names if isinstance(linear, ColumnParallelLinear) else [linear.name]
 
@@ -254,8 +258,8 @@ def _shapes(linear: Linear) -> list[tuple[int, int]]:
 
 def _scale(w: Tensor, granularity: Granularity, sizes: Tensor) -> Tensor:
     """That of the least squared error among some; a column counts by the sum of squares of its inputs, `sizes` [K]."""
-    peak, work = peaks(w, granularity), (torch.empty_like(w), torch.empty_like(w))
-    return searched_scale(peak, search_errors(w, peak, granularity, work, sizes / sizes.mean().clamp_min(1e-30)))
+    peak = peaks(w, granularity)
+    return searched_scale(peak, search_errors(w, peak, granularity, sizes / sizes.mean().clamp_min(1e-30)))
 
 
 def _per_row(scale: Tensor, piece: Piece, rows: int) -> Tensor:

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.convert.cache_scales import SCALES, CacheScales
-from octavo.convert.calibrated_layer import TOGETHER, CalibratedLayer, Loss, State
+from octavo.convert.calibrated_layer import CalibratedLayer, Loss, State, together
 from octavo.convert.key_rounding import Rounding, write_key_rounding
 from octavo.convert.output_file import write_error
 from octavo.convert.quantize_plan import Piece, Plan
 from octavo.distributed import TensorParallel
+from octavo.host import keep
 from octavo.models import build_model
 from octavo.models.common import DecoderLM
 from octavo.models.interface import ModelInput, StageState
@@ -36,6 +37,7 @@ __all__ = ["WINDOW", "LayerLosses", "Stash", "calibrate"]
 
 KEYS = "key_influence", "key_order"  # of a layer, beside its codes and the scales of its cache
 ENDS = tuple(f".{name}" for name in SCALES)
+KEPT = 1 << 30  # freed bytes that a CPU's layers use again, instead of clearing other pages
 WINDOW = 512  # tokens of text that attend to each other
 
 LayerLosses = dict[str, Loss]
@@ -144,8 +146,10 @@ def calibrate(
     """
     with _threads(threads):
         ops.bind(platform)
+        if platform.is_cpu:
+            keep(KEPT)
         longest = max(map(len, windows))
-        batches = [windows[i : i + TOGETHER] for i in range(0, len(windows), TOGETHER)]
+        batches = together(windows, platform.device)
         pieces: dict[str, Piece] = {piece.module: piece for piece in plan.quantized if not piece.is_kept}
         whole = build_model(config, TensorParallel(), longest)
         count: int = cast("DecoderLM", whole).config.num_hidden_layers
@@ -165,7 +169,9 @@ def calibrate(
             stash.put(number, layer, states)
             tell(number, count, layer.losses)
             del layer  # before the next is loaded
-            platform.release()
+            if not platform.is_cpu:
+                platform.release()
+        platform.release()
 
 
 @contextmanager

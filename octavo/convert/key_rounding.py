@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from octavo.convert.compensated import factor, symmetric
+from octavo.convert.compensated import factor, in_order, is_finite, symmetric
 from octavo.convert.output_file import write_error
 from octavo.errors import OctavoError
 from octavo.files import KEY_ROUNDING
@@ -33,13 +33,13 @@ Rounding = tuple[Tensor, Tensor]  # influence and order, as octavo.kvcache.KeyRo
 def key_rounding(grams: Tensor) -> Rounding:
     """Of H, FP32 [kv_heads, D, D], whose upper triangles count. A head whose H has no factor is rounded to nearest."""
     influence = torch.zeros_like(grams)
-    order = torch.arange(grams.shape[1], device=grams.device).repeat(len(grams), 1)
+    orders = torch.arange(grams.shape[1], device=grams.device).repeat(len(grams), 1)
     for head, gram in enumerate(grams):
-        h = symmetric(gram.clone())
-        if bool(h.isfinite().all()) and (found := factor(h, DAMPING)) is not None:
-            order[head] = found[0]
-            influence[head][:, found[0]] = found[1]
-    return influence, order.int()
+        order, h = in_order(symmetric(gram.clone()))
+        if is_finite(h) and (found := factor(h, DAMPING)) is not None:
+            orders[head] = order
+            influence[head][:, order] = found
+    return influence, orders.int()
 
 
 def write_key_rounding(path: Path, layers: Mapping[int, Rounding]) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from octavo import ops
 from octavo.convert.calibration import Stash
 from octavo.convert.output_directory import OutputDirectory
 from octavo.convert.output_file import OutputFile
@@ -87,6 +88,8 @@ def write_files(
     stash: Stash | None = None,
 ) -> None:
     """Write the files that are not there yet. `stash`: where codes are that calibration has made."""
+    if search:
+        ops.bind(platform)
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the threads below are the parallelism; torch's own would wait for each other
     stop = threading.Event()
@@ -214,7 +217,7 @@ class Worker:
         return searched_scale(peak, errors.sum(0))
 
     def _errors(self, piece: Piece, values: Tensor, peak: Tensor) -> Tensor:
-        return search_errors(values, peak, piece.granularity, (self._take("rounded", values), self._take("offset", values)))
+        return search_errors(values, peak, piece.granularity)
 
     def _quantize(self, piece: Piece, part: Rows, values: Tensor, scale: Tensor | None) -> None:
         if scale is None:

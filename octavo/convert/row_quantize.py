@@ -9,17 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from octavo import ops
 from octavo.platform import FP8_MAX
 from octavo.quant.qtensor import expand_scale, scale_of, weight_amax
 from octavo.quant.scheme import BLOCK, Granularity
 
 __all__ = ["SEARCH_STEPS", "encode", "peaks", "round_to_codes", "search_errors", "searched_scale"]
 
+SMALLEST_NORMAL = 2.0**-6  # of e4m3
 FP8 = torch.float8_e4m3fn
 # What `search_errors` multiplies absmax's scale by. 1 is among them, so that no search does worse; from 2 on the same
 # mantissas come again, with one exponent less.
 SEARCH_STEPS = tuple(1 + i / 16 for i in range(16))
-SMALLEST_NORMAL = 2.0**-6
 
 
 def peaks(values: Tensor, granularity: Granularity) -> Tensor:
@@ -39,24 +40,22 @@ def encode(values: Tensor, scale: Tensor, granularity: Granularity, out: Tensor)
     out.copy_(values.clamp_(-FP8_MAX[FP8], FP8_MAX[FP8]))
 
 
-def search_errors(
-    values: Tensor, peak: Tensor, granularity: Granularity, work: tuple[Tensor, Tensor], weight: Tensor | float = 1.0
-) -> Tensor:
+def search_errors(values: Tensor, peak: Tensor, granularity: Granularity, weight: Tensor | None = None) -> Tensor:
     """The sum of squared errors that each of SEARCH_STEPS leaves where a scale is shared: [16, *peak.shape].
 
-    `work`: two FP32 tensors of the shape of `values`, which are overwritten. weight: of each column's errors, [K].
+    values: contiguous FP32 [rows, K]. weight: of each column's errors, FP32 [K]; None: all count alike.
     """
-    rounded, offset = work
-    original, _ = _aligned(values, peak, granularity)
-    view, _ = _aligned(rounded, peak, granularity)
-    errors = []
-    for step in SEARCH_STEPS:
-        _, scale = _aligned(values, scale_of(peak, FP8) * step, granularity)
-        torch.div(original, scale, out=view)
-        round_to_codes(rounded, offset)
-        view.mul_(scale).sub_(original)
-        errors.append(_sums(rounded.square_().mul_(weight), peak, granularity))
-    return torch.stack(errors)
+    rows, k = values.shape
+    scale = scale_of(peak, FP8)
+    if granularity is Granularity.BLOCK:
+        scale = scale.repeat_interleave(BLOCK, 0)[:rows]
+    elif granularity is Granularity.TENSOR:
+        scale = scale.expand(rows, 1).contiguous()
+    steps = torch.tensor(SEARCH_STEPS, device=values.device)
+    errors = ops.scale_errors(values, scale, steps, values.new_ones(k) if weight is None else weight)
+    if granularity is Granularity.BLOCK:
+        return torch.nn.functional.pad(errors, (0, 0, 0, -rows % BLOCK)).unflatten(1, (-1, BLOCK)).sum(2)
+    return errors.sum(1, keepdim=True) if granularity is Granularity.TENSOR else errors
 
 
 def round_to_codes(values: Tensor, work: Tensor) -> None:
@@ -88,16 +87,3 @@ def _aligned(values: Tensor, scale: Tensor, granularity: Granularity) -> tuple[T
     if (tiles := _tiles(values)) is not None:
         return tiles, scale[:, None, :, None]
     return values, expand_scale(scale, values.shape)
-
-
-def _sums(squares: Tensor, peak: Tensor, granularity: Granularity) -> Tensor:
-    """Sums over what shares a scale."""
-    if granularity is Granularity.TENSOR:
-        return squares.sum().view(1, 1)
-    if granularity is Granularity.ROW:
-        return squares.sum(1, keepdim=True)
-    n, k = squares.shape
-    padded = torch.nn.functional.pad(squares, (0, -k % BLOCK, 0, -n % BLOCK))
-    tiles = _tiles(padded)
-    assert tiles is not None
-    return tiles.sum((1, 3))

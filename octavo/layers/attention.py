@@ -139,9 +139,10 @@ class PagedAttention(nn.Module):
             self._fit(self.k_scale, rotated)
             self._fit(self.v_scale, v)
         if self.query_gram is not None:
-            queries, _ = reference.normed_and_rotated(q, k, rope)
-            for total, x in zip(self.query_gram, queries.unflatten(1, (self.kv_heads, -1)).unbind(1), strict=True):
+            rotated = ops.rope_write_kv(q, k, v, rope, self.cache, batch.slot_mapping)
+            for total, x in zip(self.query_gram, rotated.unflatten(1, (self.kv_heads, -1)).unbind(1), strict=True):
                 ops.add_gram(total, x.flatten(0, 1))
+            return ops.attention(rotated, self.cache, batch, self.scale, self.window).flatten(1)
         return ops.attend(q, k, v, rope, self.cache, batch, self.scale, self.window).flatten(1)
 
     def _rope(self, batch: ForwardBatch) -> ops.Rope:

@@ -66,7 +66,7 @@ from octavo.ops.latent import (
     write_index_keys,
     write_latent,
 )
-from octavo.ops.rounding import add_gram, round_columns
+from octavo.ops.rounding import add_gram, composed_descent, descend, round_columns, scale_errors
 from octavo.platform import Platform
 from octavo.quant import QTensor
 
@@ -75,11 +75,12 @@ __all__ = [
     "Filters", "FusedDecoder", "HeadNorms", "LayerParts", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight",
     "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Segments", "Uncombined", "Unscaled", "Unsummed",
     "absorbed_queries", "add_gram", "all_gather", "all_reduce", "all_reduce_norm_quantize", "argmax", "argmax_over_ranks",
-    "attend", "attention", "bind", "capture", "captures", "captures_segments", "combine", "compile_ahead", "compile_elsewhere",
-    "decode_variant", "dispatch", "expanded_attention", "experts", "experts_uncombined", "finished", "fuse", "gated_linear",
-    "gelu", "head_linear", "latent_attention", "layer_norm", "linear", "linear_unscaled", "pack", "pack_experts", "project",
-    "rms_norm", "rope_write_kv", "rotate", "round_columns", "round_keys", "route", "sample", "segment_attention",
-    "select_keys", "silu_mul", "table", "write_index_keys", "write_kv", "write_latent",
+    "attend", "attention", "bind", "capture", "captures", "captures_segments", "combine", "compile_ahead",
+    "compile_elsewhere", "decode_variant", "descend", "dispatch", "expanded_attention", "experts", "experts_uncombined",
+    "finished", "fuse", "gated_linear", "gelu", "head_linear", "latent_attention", "layer_norm", "linear", "linear_unscaled",
+    "pack", "pack_experts", "project", "rms_norm", "rope_write_kv", "rotate", "round_columns", "round_keys", "route",
+    "sample", "scale_errors", "segment_attention", "select_keys", "silu_mul", "table", "write_index_keys", "write_kv",
+    "write_latent",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -87,8 +88,8 @@ T = TypeVar("T")
 _OPS = (
     "absorbed_queries", "add_gram", "all_reduce", "argmax", "attention", "captures_segments", "combine", "decode_variant",
     "dispatch", "expanded_attention", "gelu", "head_linear", "latent_attention", "layer_norm", "rms_norm", "rope_write_kv",
-    "rotate", "round_columns", "round_keys", "route", "sample", "segment_attention", "select_keys", "silu_mul",
-    "write_index_keys", "write_kv", "write_latent",
+    "rotate", "round_columns", "round_keys", "route", "sample", "scale_errors", "segment_attention", "select_keys",
+    "silu_mul", "write_index_keys", "write_kv", "write_latent",
 )  # fmt: skip
 
 
@@ -474,6 +475,7 @@ _COMPOSED: dict[str, tuple[Callable[..., Any], str]] = {
     "argmax_over_ranks": (lambda *_: None, "argmax, then all_gather"),
     "attend": (_rope_then_attention, "rope_write_kv, then attention"),
     "combine_norm_quantize": (lambda x, *given: rms_norm(combine(*x), *given), "combine, then rms_norm"),
+    "descend": (composed_descent, "round_columns, and products"),
     "fused_experts": (_sorted_experts, "dispatch, a grouped GEMM, silu_mul, another, combine"),
     "gated_linear": (lambda x, w, readers: silu_mul(linear_unscaled(x, w), readers), "linear_unscaled, then silu_mul"),
     "project": (lambda *_: None, "linear, then attend"),

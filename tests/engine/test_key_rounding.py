@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from octavo import ops
 from octavo.batch import Span
 from octavo.config import EngineConfig
-from octavo.convert.calibrated_layer import CalibratedLayer
+from octavo.convert.calibrated_layer import CalibratedLayer, together
 from octavo.convert.key_rounding import key_rounding, read_key_rounding, write_key_rounding
 from octavo.demo import HELDOUT, MODEL_DIR
 from octavo.engine.block_pool import BlockPool
@@ -38,10 +38,10 @@ def measure(path: Path, windows: Sequence[Sequence[int]]) -> None:
     """What calibration does to keys, without its weights."""
     platform, config = detect("cpu"), read_config(path)
     ops.bind(platform)
-    made, states = {}, []
+    made, states, batches = {}, [], together(windows, platform.device)
     for number in range(config["num_hidden_layers"]):
         layer = CalibratedLayer(path, config, number, max(map(len, windows)), platform, {})
-        states = layer.quantize([windows], states or [layer.embed(windows)])  # type: ignore[arg-type]
+        states = layer.quantize(batches, states or [layer.embed(batch) for batch in batches])  # type: ignore[arg-type]
         assert layer.key_rounding is not None
         made[number] = layer.key_rounding
         layer.close()

@@ -24,12 +24,14 @@ MIXED = [(7, 1), (0, 9), (37, 1), (12, 5)]
 
 
 def cases() -> list[Callable[[], None]]:
+    from ops import test_descend as descent
     from ops import test_gram as gram
     from ops import test_latent as contract
     from ops import test_native as native
     from ops import test_native_experts as experts
     from ops import test_native_int4 as int4
     from ops import test_native_latent as latent
+    from ops import test_scale_errors as errors
 
     from octavo import ops
     from octavo.kvcache import Layout
@@ -65,6 +67,8 @@ def cases() -> list[Callable[[], None]]:
         *(partial(experts.test_sums, width=width) for width in (1, 300)),
         *(partial(int4.products_of, shape, group) for shape in ((3, 17, 33), (20, 18, 70)) for group in int4.GROUPS),
         *(partial(gram.test_it_is_the_definition, name="C", shape=shape) for shape in ((5, 3), (513, 40), (70, 156))),
+        descent.test_it_is_the_definition,
+        errors.test_it_is_the_definition,
         partial(contract.check_stored, shape=(5, 144, 24, 16, 20), **on_latents),
         partial(contract.check_attention, rows="mixed", shape=(5, 144, 24, 16, 20), **on_latents),
         partial(contract.check_choices, shape=(3, 32, 4), **on_latents),

@@ -28,19 +28,21 @@ if missing() is None:
         argmax,
         attention,
         captures,
+        descend,
         rms_norm,
         rope_write_kv,
         rotate,
         round_columns,
         round_keys,
         sample,
+        scale_errors,
         silu_mul,
         write_kv,
     )
     from octavo.ops.cpu.op_recorder import capture
 
     __all__ += [
-        "absorbed_queries", "add_gram", "argmax", "capture", "captures", "combine", "dispatch", "head_linear",
+        "absorbed_queries", "add_gram", "argmax", "capture", "captures", "combine", "descend", "dispatch", "head_linear",
         "latent_attention", "rms_norm", "rope_write_kv", "rotate", "round_columns", "round_keys", "route", "sample",
-        "select_keys", "silu_mul", "write_index_keys", "write_latent",
+        "scale_errors", "select_keys", "silu_mul", "write_index_keys", "write_latent",
     ]  # fmt: skip

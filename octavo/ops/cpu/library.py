@@ -76,6 +76,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "octavo_sample": (None, [P] * 7 + [I64, I64, I32]),
     "octavo_rotate": (None, [P] * 4 + [I64] * 6 + [I32, I32]),
     "octavo_round_columns": (None, [P] * 5 + [I64] * 4 + [I32]),
+    "octavo_descend": (None, [P] * 4 + [I64] * 5 + [I32]),
+    "octavo_scale_errors": (None, [P] * 5 + [I64] * 5 + [I32]),
     "octavo_round_keys": (None, [P] * 5 + [I64] * 6 + [I32] * 3),
     "octavo_add_gram": (I32, [P, P, I64, I64, I64, I32, I32]),
     "octavo_rope_write_kv": (None, [P] * 10 + [I64] * 9 + [F, I32, I32]),

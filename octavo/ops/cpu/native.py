@@ -44,6 +44,7 @@ __all__ = [
     "argmax",
     "attention",
     "captures",
+    "descend",
     "held_scale",
     "is_readable",
     "rms_norm",
@@ -52,6 +53,7 @@ __all__ = [
     "round_columns",
     "round_keys",
     "sample",
+    "scale_errors",
     "silu_mul",
     "struct_of",
     "unsupported",
@@ -284,6 +286,24 @@ def round_columns(values: Tensor, offset: Tensor, influence: Tensor, scale: Tens
         influence.stride(0), 0 if len(scale) == 1 else scale.stride(0), get_num_threads(),
     )  # fmt: skip
     return moved
+
+
+def descend(values: Tensor, offset: Tensor, influence: Tensor, scale: Tensor, sweeps: int) -> None:
+    strides = scale.stride(0), int(scale.shape[1] > 1)
+    launch(kernels().octavo_descend,
+        values.data_ptr(), offset.data_ptr(), influence.data_ptr(), scale.data_ptr(), *values.shape, *strides, sweeps,
+        get_num_threads(),
+    )  # fmt: skip
+
+
+def scale_errors(values: Tensor, scale: Tensor, steps: Tensor, weight: Tensor) -> Tensor:
+    (rows, width), groups = values.shape, scale.shape[1]
+    errors = values.new_empty(len(steps), rows, groups)
+    launch(kernels().octavo_scale_errors,
+        values.data_ptr(), scale.data_ptr(), steps.data_ptr(), weight.data_ptr(), errors.data_ptr(), rows, width, groups,
+        BLOCK if groups > 1 else width, len(steps), get_num_threads(),
+    )  # fmt: skip
+    return errors
 
 
 def round_keys(k: Tensor, rounding: KeyRounding, scale: Tensor, dtype: torch.dtype) -> Tensor:

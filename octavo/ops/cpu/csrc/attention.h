@@ -1,11 +1,13 @@
 /* Causal attention over a paged cache for one instruction set: included after vector.h.
 
-   A task computes some query rows (tokens of a request, and the query heads of one KV head) over their whole context, TOKENS
-   positions at a time, with online softmax (FlashAttention, arXiv:2205.14135). Few rows are multiplied along the head's
-   dimension; up to LANES rows are the lanes of a vector. Values past a request's end are not read. */
+   A task computes up to TASK_QUERIES query rows (tokens of a request, and the query heads of one KV head) over their whole
+   context, TOKENS positions at a time, with online softmax (FlashAttention, arXiv:2205.14135). Few rows are multiplied along the
+   head's dimension; of more, LANES are the lanes of a vector, and all of a task's share what is widened. Values past a request's
+   end are not read. */
 #define TOKENS 32
 #define FEW_ROWS 4
 #define MAX_DIM 256
+#define QUERY_PANELS (TASK_QUERIES / LANES)
 
 typedef struct {
     int64_t count;
@@ -16,11 +18,11 @@ typedef struct {
 typedef struct {
     NAME(Found) found[2]; /* those being computed, and the next ones */
     float k[TOKENS * MAX_DIM], v[TOKENS * MAX_DIM];
-    float q[LANES * MAX_DIM], o[LANES * MAX_DIM]; /* [row][dim] for few rows, else [dim][LANES] */
+    float q[TASK_QUERIES * MAX_DIM], o[TASK_QUERIES * MAX_DIM]; /* [row][dim] for few rows, else [panel][dim][LANES] */
     float scores[TOKENS * LANES];                 /* [row][TOKENS], or [token][LANES] */
     float parts[FEW_ROWS * TOKENS * VL];          /* partial scores before the horizontal sum: [row][TOKENS][VL] */
-    float most[LANES], total[LANES], shrink[LANES];
-    int64_t position[LANES];
+    float most[TASK_QUERIES], total[TASK_QUERIES], shrink[LANES];
+    int64_t position[TASK_QUERIES];
 } NAME(Flash);
 
 /* Find keys and values of up to TOKENS tokens from `start` on. */
@@ -181,12 +183,14 @@ INLINE void NAME(soften)(float *scores, float *largest, float *totals, float *sh
     }
 }
 
-/* `few` for up to LANES rows, one per lane. */
-INLINE void NAME(many)(NAME(Flash) *f, int64_t rows, int64_t start, int64_t count, int64_t dim, int64_t padded, int64_t window,
-                       float factor) {
-    NAME(product)(count, rows, dim, f->k, padded, 1, f->q, f->scores, 0);
-    NAME(soften)(f->scores, f->most, f->total, f->shrink, f->position, rows, start, count, window, factor, f->o, dim);
-    NAME(product)(dim, rows, count, f->v, 1, padded, f->scores, f->o, 1);
+/* `few` for a panel of up to LANES rows, one per lane. */
+INLINE void NAME(many)(NAME(Flash) *f, int64_t panel, int64_t rows, int64_t start, int64_t count, int64_t dim, int64_t padded,
+                       int64_t window, float factor) {
+    const int64_t first = panel * LANES;
+    float *o = f->o + first * padded;
+    NAME(product)(count, rows, dim, f->k, padded, 1, f->q + first * padded, f->scores, 0);
+    NAME(soften)(f->scores, f->most + first, f->total + first, f->shrink, f->position + first, rows, start, count, window, factor, o, dim);
+    NAME(product)(dim, rows, count, f->v, 1, padded, f->scores, o, 1);
 }
 
 #if TILES
@@ -200,7 +204,7 @@ static void NAME(attend)(void *argument, int64_t task) {
     int64_t block = task / c->kv_heads, head = task % c->kv_heads, group = a->heads / c->kv_heads;
     int64_t request = owner_of(job->first, a->requests, block); /* the request of this block of queries */
     int64_t tokens = a->starts[request + 1] - a->starts[request], dim = c->dim, padded = (dim + LANES - 1) / LANES * LANES;
-    int64_t from = (block - job->first[request]) * job->rows, rows = least(job->rows, tokens * group - from);
+    int64_t each = rows_of_task(tokens * group, job->tiles), from = (block - job->first[request]) * each, rows = least(each, tokens * group - from);
     int64_t before = a->lengths[request] - tokens; /* context before this step's tokens */
     const int32_t *table = a->tables + request * a->table_stride;
     int few = rows <= FEW_ROWS, in_place = few && dim == padded;
@@ -213,9 +217,10 @@ static void NAME(attend)(void *argument, int64_t task) {
     float k_factor = a->k_factor * k_scale_of(c, head), v_factor = a->v_factor * v_scale_of(c, head);
     NAME(Flash) flash, *f = &flash;
     float line[MAX_DIM];
-    memset(f->o, 0, (size_t)((few ? rows : LANES) * padded) * 4);
-    if (!few) memset(f->q, 0, (size_t)(LANES * padded) * 4);
-    for (int64_t r = 0; r < LANES; r++) {
+    const int64_t panels = (rows + LANES - 1) / LANES;
+    memset(f->o, 0, (size_t)((few ? rows : panels * LANES) * padded) * 4);
+    if (!few) memset(f->q, 0, (size_t)(panels * LANES * padded) * 4);
+    for (int64_t r = 0; r < panels * LANES; r++) {
         f->most[r] = -1e30f, f->total[r] = 0, f->position[r] = -1;
         if (r >= rows) continue;
         int64_t token = a->starts[request] + (from + r) / group, q_head = head * group + (from + r) % group;
@@ -223,7 +228,7 @@ static void NAME(attend)(void *argument, int64_t task) {
         const char *q = (const char *)a->q + (token * a->q_token + q_head * a->q_head) * size_of(a->kind);
         NAME(widen_row)(few ? f->q + r * padded : line, q, a->kind, dim);
         for (int64_t d = 0; d < dim && in_place && c->kind >= E4M3; d++) f->q[r * padded + d] *= HALF_UNDO;
-        for (int64_t d = 0; d < dim && !few; d++) f->q[d * LANES + r] = line[d];
+        for (int64_t d = 0; d < dim && !few; d++) f->q[r / LANES * LANES * padded + d * LANES + r % LANES] = line[d];
     }
     int64_t last = f->position[rows - 1] + 1, start = a->window && f->position[0] >= a->window ? f->position[0] - a->window + 1 : 0;
     NAME(find)(c, table, head, start, last, &f->found[0]);
@@ -232,13 +237,17 @@ static void NAME(attend)(void *argument, int64_t task) {
         NAME(find)(c, table, head, start + TOKENS, last, soon);
         if (!in_place) NAME(fetch)(c, now, soon, padded, f);
         if (few) NAME(few_of)[in_place ? c->kind : F32](f, now, soon, rows, in_place && c->k_scale, start, padded, a->window, k_factor);
-        else NAME(many)(f, rows, start, now->count, dim, padded, a->window, k_factor);
+        else for (int64_t p = 0; p < panels; p++) {
+            const int64_t here = least(LANES, rows - p * LANES);
+            if (f->position[p * LANES + here - 1] < start) continue; /* its rows attend to earlier tokens only */
+            NAME(many)(f, p, here, start, now->count, dim, padded, a->window, k_factor);
+        }
     }
     for (int64_t r = 0; r < rows; r++) {
         int64_t token = a->starts[request] + (from + r) / group, q_head = head * group + (from + r) % group;
         float factor = v_factor / f->total[r] * (in_place && c->kind >= E4M3 ? HALF_UNDO : 1);
         if (!a->lengths[request]) factor = 0; /* the row pads a batch: zeros */
-        for (int64_t d = 0; d < dim; d++) line[d] = (few ? f->o[r * padded + d] : f->o[d * LANES + r]) * factor;
+        for (int64_t d = 0; d < dim; d++) line[d] = f->o[few ? r * padded + d : r / LANES * LANES * padded + d * LANES + r % LANES] * factor;
         NAME(narrow_row)(a->out, a->kind, (token * a->heads + q_head) * dim, line, dim);
     }
 }

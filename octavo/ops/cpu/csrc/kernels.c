@@ -23,8 +23,8 @@ static int uses_tiles; /* whether products and attention of the set in use may b
 
 typedef struct {
     const char *name;
-    task_fn prepare, multiply, look_up, attend, rms_norm, silu_mul, argmax, sample, rotate, rope, round_columns, round_keys,
-        gram_codes, gram_products, combine, write_latent, write_index_keys, heads, latent_attend, latent_join, select_prepare, select_score;
+    task_fn prepare, multiply, look_up, attend, rms_norm, silu_mul, argmax, sample, rotate, rope, round_columns, descend, scale_errors,
+        round_keys, gram_codes, gram_products, combine, write_latent, write_index_keys, heads, latent_attend, latent_join, select_prepare, select_score;
     int (*pairs_pay)(void); /* whether panels are faster in pairs (dot product); NULL without such a product */
     int has_tiles;          /* whether `multiply` can use matrix tiles */
 } Functions;
@@ -102,10 +102,10 @@ END_TARGET
 #define DOT 1
 #if HAS_TILES && !defined(TEST_TILES)
 #define TILES 1
-BEGIN_TARGET("amx-tile,amx-bf16,avx512bf16," AVX512)
+BEGIN_TARGET("amx-tile,amx-bf16,avx512bf16,avx512vnni," AVX512)
 #else
 #define TILES 0
-BEGIN_TARGET("avx512bf16," AVX512)
+BEGIN_TARGET("avx512bf16,avx512vnni," AVX512)
 #endif
 #include "all.h"
 END_TARGET
@@ -135,7 +135,7 @@ const char *octavo_use(const char *name) {
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const int bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    const int bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"); /* no CPU has one alone */
     if (bf16) tiled = functions_avx512_bf16;
 #if !defined(TEST_TILES)
     if (bf16 && HAS_TILES && tiles_permitted()) have[count++] = &tiled;
@@ -211,15 +211,17 @@ int32_t octavo_attention(const void *q, void *out, const Cache *cache, const int
                          int64_t q_head, int64_t window, float k_factor, float v_factor, int32_t kind, int32_t threads) {
     Attention a = {q, out, q_token, q_head, tables, starts, lengths, table_stride, requests, heads, window, k_factor, v_factor, kind};
     const int tiles = uses_tiles && kind == BF16 && cache->kind != F32;
-    const int64_t group = heads / cache->kv_heads, rows = tiles ? TILED_QUERIES : LANES;
+    const int64_t group = heads / cache->kv_heads;
     int64_t blocks = 0;
     pthread_mutex_lock(&pool.call);
     int64_t *first = scratch((size_t)(requests + 1) * sizeof *first);
     for (int64_t r = 0; first && r <= requests; r++) {
         first[r] = blocks;
-        if (r < requests) blocks += ((starts[r + 1] - starts[r]) * group + rows - 1) / rows;
+        if (r == requests) break;
+        const int64_t rows = (starts[r + 1] - starts[r]) * group, each = rows_of_task(rows, tiles);
+        blocks += (rows + each - 1) / each;
     }
-    AttentionJob job = {&a, cache, first, rows, tiles};
+    AttentionJob job = {&a, cache, first, tiles};
     if (first) parallel_on(chosen->attend, &job, blocks * cache->kv_heads, threads, tiles);
     pthread_mutex_unlock(&pool.call);
     return first ? 0 : -1;
@@ -282,6 +284,21 @@ void octavo_round_columns(float *values, float *offset, float *moved, const floa
     each_of(chosen->round_columns, &c, (rows + LANES - 1) / LANES, threads);
 }
 
+/* Coordinate descent over FP8 codes, `sweeps` times over; contract in octavo/ops/rounding.py. A stride of scales may be 0. */
+void octavo_descend(float *values, float *offset, const float *influence, const float *scale, int64_t rows, int64_t width,
+                    int64_t scale_row, int64_t scale_column, int64_t sweeps, int32_t threads) {
+    Descent d = {values, offset, influence, scale, rows, width, scale_row, scale_column, sweeps};
+    each_of(chosen->descend, &d, (rows + DESCENT_ROWS - 1) / DESCENT_ROWS, threads);
+}
+
+/* The squared errors of rounding to FP8 with scales [rows, groups] times each of `steps` factors, at most MOST_STEPS; contract in
+   octavo/ops/rounding.py. A group has `group` columns, the last one as many as are left. */
+void octavo_scale_errors(const float *values, const float *scale, const float *step, const float *weight, float *errors, int64_t rows,
+                         int64_t width, int64_t groups, int64_t group, int64_t steps, int32_t threads) {
+    ScaleErrors e = {values, scale, step, weight, errors, rows, width, groups, group, steps, 1 + TASK_VALUES / (width + 1)};
+    each_of(chosen->scale_errors, &e, (rows + e.per_task - 1) / e.per_task, threads);
+}
+
 /* Round keys to FP8 values one dimension after the other; contract in octavo/ops/cache_writes.py. dim is at most MAX_DIM. */
 void octavo_round_keys(const void *k, void *out, const float *influence, const int32_t *order, const float *scale, int64_t tokens,
                        int64_t heads, int64_t dim, int64_t token, int64_t head, int64_t scale_head, int32_t kind, int32_t to_kind,
@@ -294,11 +311,11 @@ void octavo_round_keys(const void *k, void *out, const float *influence, const i
    -1 without memory. */
 int32_t octavo_add_gram(const void *x, float *total, int64_t tokens, int64_t width, int64_t stride, int32_t kind, int32_t threads) {
     const int64_t most = 8 * GRAM_TOKENS, panels = (width + LANES - 1) / LANES, chunks = (least(tokens, most) + GRAM_TOKENS - 1) / GRAM_TOKENS;
-    const size_t codes = (size_t)(chunks * panels * LANES * GRAM_TOKENS / 2) * sizeof(int32_t);
+    const size_t codes = (size_t)(chunks * panels * LANES * GRAM_TOKENS / 2), columns = (size_t)(chunks * panels * LANES);
     pthread_mutex_lock(&pool.call);
-    char *memory = scratch(codes + (size_t)(chunks * panels * LANES) * sizeof(float));
+    int32_t *memory = scratch((codes + 2 * columns) * sizeof *memory);
     for (int64_t at = 0; memory && at < tokens; at += most) {
-        Gram g = {(const char *)x + at * stride * size_of(kind), total, (float *)(memory + codes), (int32_t *)memory,
+        Gram g = {(const char *)x + at * stride * size_of(kind), total, (float *)memory + codes, memory, memory + codes + columns,
                   least(most, tokens - at), width, stride, panels, kind};
         const int64_t parts = (g.tokens + GRAM_TOKENS - 1) / GRAM_TOKENS * ((panels * LANES + GROUP - 1) / GROUP);
         parallel(chosen->gram_codes, &g, parts, threads);

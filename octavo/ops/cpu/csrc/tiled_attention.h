@@ -6,7 +6,6 @@
 
    Scores [TOKENS][LANES] are keys [TOKENS][dim] times queries in pairs of dimensions. Sums [dim][LANES] are values
    [dim][TOKENS] times weights in pairs of tokens; so values are transposed, two tokens at a time as 32 bits. */
-#define QUERY_PANELS (TILED_QUERIES / LANES)
 
 typedef struct {
     NAME(Found) found[2]; /* those being computed, and the next ones */

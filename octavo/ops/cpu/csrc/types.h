@@ -10,12 +10,13 @@ enum { NOT_QUANTIZED, PER_TOKEN, PER_GROUP }; /* quantization of activations */
 #define GROUP 128 /* values of a row that share a scale */
 #define LANES 16  /* tokens, or queries, of a panel */
 #define ROUNDED_COLUMNS 128 /* most columns of octavo_round_columns */
+#define DESCENT_ROWS 64 /* rows of a weight in a task of octavo_descend, a multiple of LANES */
+#define MOST_STEPS 16   /* of octavo_scale_errors */
 #define GROUP_ROWS 64   /* rows of a tiled weight that are stored together, */
 #define TILED_CODES 64  /* so many codes of each at a time */
-#define GRAM_TOKENS 512 /* products of as many codes of up to GRAM_MOST have a sum of 32 bits */
-#define GRAM_MOST 2047
+#define GRAM_TOKENS 512 /* tokens whose columns have a scale each */
 #define GRAM_STRIP 64 /* rows of the result that a task has, a multiple of LANES */
-#define TILED_QUERIES 64 /* query rows of a task of attention by matrix tiles, a multiple of LANES */
+#define TASK_QUERIES 64 /* most query rows of a task of attention, a multiple of LANES */
 
 /* An FP8 format for rounding: mantissa bits, exponent of the smallest normal number, bias, largest magnitude. */
 typedef struct { int mantissa, smallest, bias; float limit; } Format;
@@ -74,10 +75,12 @@ typedef struct {
 typedef struct {
     const Attention *a;
     const Cache *cache;
-    const int64_t *first; /* [requests + 1] first block of queries of each request */
-    int64_t rows;         /* query rows of a block: LANES, or more where matrix tiles multiply */
+    const int64_t *first; /* [requests + 1] first block of queries of each request; a block has rows_of_task() rows */
     int32_t tiles;
 } AttentionJob;
+
+/* Query rows of a task, of so many that a request has: few are shared out among more tasks. */
+static inline int64_t rows_of_task(int64_t rows, int tiles) { return tiles || rows >= 4 * TASK_QUERIES ? TASK_QUERIES : LANES; }
 
 /* Rows [rows, width] of an elementwise op; row r is at (r / inner) * outer + (r % inner) * inside, in values. */
 typedef struct {
@@ -157,6 +160,20 @@ typedef struct {
     int64_t columns, rows, influence_stride, scale_stride;
 } RoundedColumns;
 
+/* Codes of a weight [rows, width] as values, of which `offset` says where each would be best; see octavo_descend. */
+typedef struct {
+    float *values, *offset;
+    const float *influence, *scale;
+    int64_t rows, width, scale_row, scale_column, sweeps;
+} Descent;
+
+/* A weight [rows, width] whose scales are for `group` columns each; see octavo_scale_errors. */
+typedef struct {
+    const float *values, *scale, *step, *weight;
+    float *errors;
+    int64_t rows, width, groups, group, steps, per_task;
+} ScaleErrors;
+
 /* Keys k [tokens, heads, dim], strides in values, to be rounded to out, contiguous, as values of the FP8 format `to_kind`; see
    octavo_round_keys. influence [heads, dim, dim], order [heads, dim], scale [1 or heads], with a stride. */
 typedef struct {
@@ -168,12 +185,12 @@ typedef struct {
     int32_t kind, to_kind;
 } RoundedKeys;
 
-/* x [tokens, width], rows `stride` values apart, as codes of 16 bits, and total [width, width], whose upper half grows by
-   x^T x. A panel is LANES columns; scale: one for each column of GRAM_TOKENS tokens. */
+/* x [tokens, width], rows `stride` values apart, as integer codes, some of them in 32 bits, and total [width, width], whose upper
+   half grows by x^T x. A panel is LANES columns; scale, and sums of codes: one for each column of GRAM_TOKENS tokens. */
 typedef struct {
     const void *x;
     float *total, *scale;
-    int32_t *codes;
+    int32_t *codes, *sums;
     int64_t tokens, width, stride, panels;
     int32_t kind;
 } Gram;
