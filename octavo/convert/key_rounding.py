@@ -55,12 +55,28 @@ def write_key_rounding(path: Path, layers: Mapping[int, Rounding]) -> None:
 
 
 def read_key_rounding(directory: Path, numbers: range) -> list[Rounding]:
-    """Of these layers of the checkpoint in `directory`. Raises OctavoError where it has none, or none of some of them."""
+    """Of these layers of the checkpoint in `directory`. Raises OctavoError where it has none, or none of some of them, and for
+    values that no calibration writes: kernels take `order` for indices."""
     path = directory / KEY_ROUNDING
     if not path.is_file():
         raise OctavoError(f"--kv-cache-rounding calibrated needs {KEY_ROUNDING}, which {directory} does not have; {TAKE}.")
     try:
         with safe_open(path, "pt") as file:
-            return [(file.get_tensor(f"{n}.influence"), file.get_tensor(f"{n}.order")) for n in numbers]
+            found = [(file.get_tensor(f"{n}.influence"), file.get_tensor(f"{n}.order")) for n in numbers]
     except (OSError, SafetensorError) as error:
         raise OctavoError(f"{path} cannot be read ({error}); {TAKE}.") from None
+    for n, rounding in zip(numbers, found, strict=True):
+        if (fault := _fault(*rounding)) is not None:
+            raise OctavoError(f"{path} holds no rounding of layer {n}'s keys: {fault}; {TAKE}.")
+    return found
+
+
+def _fault(influence: Tensor, order: Tensor) -> str | None:
+    """What is wrong with a layer's tensors in themselves; their sizes are compared with the model's by who takes them."""
+    if influence.dtype is not torch.float32 or order.dtype is not torch.int32:
+        return f"influence is {influence.dtype} and order {order.dtype}, and not torch.float32 and torch.int32"
+    if order.ndim != 2 or influence.shape != (*order.shape, order.shape[-1]):
+        return f"influence has shape {[*influence.shape]} and order {[*order.shape]}, not [heads, D, D] and [heads, D]"
+    if not bool((order.sort(-1).values == torch.arange(order.shape[-1])).all()):
+        return "order does not name each dimension once"
+    return None if bool(influence.isfinite().all()) else "influence has NaN or infinity"

@@ -146,8 +146,9 @@ def _answer(line: _Line, place: Place, prints: bool) -> None:
     steps, turns, exchanges = pulse.steps, pulse.turns, pulse.exchanges
     if prints:
         where = f"is in step {steps}, at exchange {exchanges} of turn {turns} with the others:"
-        print(f"octavo: rank {place.rank} of {place.size} {where}", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(all_threads=True)
+        with suppress(OSError):  # nobody reads it
+            print(f"octavo: rank {place.rank} of {place.size} {where}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(all_threads=True)
     line.send(("pong", steps, turns, exchanges))
 
 

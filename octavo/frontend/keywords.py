@@ -29,23 +29,26 @@ _WORDS = {
     if "values" in field.metadata and field.name not in ("dtype", "quantization", "kv_cache_dtype")
 }
 _OF_LOGS = ("disable_log_stats",)
-_FLAG = re.compile(r"(?<![\w-])(--(?:[a-z]+-)*[a-z]+)(?: ('[^']*'|-?\d+(?:\.\d+)?(?!\w)|[a-z]\w*))?")
+_COMMAND = r"octavo [a-z]+(?: --[a-z-]+)+"  # to be run as it stands
+_VALUE = r"'[^']*'|-?\d+(?:\.\d+)?(?!\w)|[a-z]\w*|(?:DIR|FILE|N)\b"
+_FLAG = re.compile(rf"{_COMMAND}|(?<![\w-])(--(?:[a-z]+-)*[a-z]+)(?: ({_VALUE}))?")
 
 
 def in_keywords(sentence: str) -> str:
-    """`--kv-cache-dtype fp8` becomes kv_cache_dtype="fp8", `--max-model-len 64` max_model_len=64, a flag alone its name."""
+    """`--kv-cache-dtype fp8` becomes kv_cache_dtype="fp8", `--max-model-len 64` max_model_len=64, a flag alone its name. The
+    flags of a command, `octavo quantize --calibrate`, stay."""
 
     def replaced(match: re.Match[str]) -> str:
-        flag, value = match[1], match[2]
+        flag, value = match[1] or "", match[2]
         name = _NAMES.get(flag, _NAMES.get(flag.replace("--no-", "--", 1)))
         rest = "" if value is None else f" {value}"
         if name is None:
             return match[0]
         if name in _SWITCHES:
             return f"{name}={flag in _NAMES}{rest}"
-        if value is None or (value[0].isalpha() and value not in _WORDS.get(name, ())):
+        if value is None or (value[0].islower() and value not in _WORDS.get(name, ())):
             return f"{name}{rest}"
-        return f'{name}="{value}"' if value[0].isalpha() else f"{name}={value}"
+        return f'{name}="{value}"' if value[0].islower() else f"{name}={value}"
 
     return _FLAG.sub(replaced, sentence)
 

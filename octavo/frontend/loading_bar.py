@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     import rich.progress
 
-__all__ = ["LoadingBar", "say"]
+__all__ = ["LoadingBar", "put", "say"]
 
 LINE_SECONDS = 30.0  # between two lines of one stage, where there is no terminal
 
 
+def put(text: str, stream: TextIO, end: str = "\n") -> None:
+    """Prints to a standard stream. Nothing else depends on whether somebody reads it: who reads a pipe may end first, as tee
+    does on a Ctrl-C that both get, and a disk behind it may be full.
+    """
+    try:
+        print(text, file=stream, end=end, flush=True)
+    except BrokenPipeError:
+        with suppress(OSError):  # or what is left in its buffer would be an error at this process's end, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (OSError, ValueError):
+        pass
+
+
 def say(line: str) -> None:
-    """Prints a line to stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """Prints a line to stderr, as `put` does."""
+    put(line, sys.stderr)
 
 
 class LoadingBar:
@@ -35,7 +50,7 @@ class LoadingBar:
         if sys.stderr.isatty():
             self._draw(shown, fraction)
         elif stage != self._stage or (detail and now - self._told >= LINE_SECONDS):
-            print(f"octavo: {shown}", file=sys.stderr, flush=True)
+            say(f"octavo: {shown}")
             self._told = now
         self._stage = stage
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from octavo.errors import OctavoError
-from octavo.frontend.loading_bar import say
+from octavo.frontend.loading_bar import put, say
 
 if TYPE_CHECKING:
     from octavo.server.serving import Served
@@ -28,7 +29,7 @@ async def greet(
     keyed: whether a request needs a key.
     """
     for line in served.engine.info.report:
-        print(line, flush=True)
+        put(line, sys.stdout)
     if demo and served.engine.tokenizer is not None:
         try:
             await _show(served)
@@ -37,10 +38,10 @@ async def greet(
         local = _local(address)
         body = f'{{"model": "{served.names[0]}", "prompt": "class Stack:", "max_tokens": 64}}'
         headers = "-H 'Content-Type: application/json'" + " -H 'Authorization: Bearer KEY'" * keyed
-        print(f"\nTry it:\n  curl {local}/v1/completions {headers} -d '{body}'\n")
+        put(f"\nTry it:\n  curl {local}/v1/completions {headers} -d '{body}'\n", sys.stdout)
     while not listening():
         await asyncio.sleep(0.005)
-    print(f"Octavo is ready on {_reachable(address)} ({time.time() - started:.1f} s)", flush=True)
+    put(f"Octavo is ready on {_reachable(address)} ({time.time() - started:.1f} s)", sys.stdout)
 
 
 def _reachable(address: str) -> str:
@@ -63,11 +64,11 @@ def _local(address: str) -> str:
 async def _show(served: Served) -> None:
     from octavo.messages import SamplingParams
 
-    print(f"\nA first completion:\n\n{DEMO_PROMPT}", end="", flush=True)
+    put(f"\nA first completion:\n\n{DEMO_PROMPT}", sys.stdout, end="")
     params = SamplingParams(**{**served.engine.default_sampling, "max_tokens": 64, "seed": DEMO_SEED})
     began, tokens = time.monotonic(), 0
     async with aclosing(served.engine.generate(await served.encode(DEMO_PROMPT), params, "demo")) as deltas:
         async for delta in deltas:
             tokens += len(delta.token_ids)
-            print(delta.text, end="", flush=True)
-    print(f"\n\n({tokens} tokens in {time.monotonic() - began:.2f} s)")
+            put(delta.text, sys.stdout, end="")
+    put(f"\n\n({tokens} tokens in {time.monotonic() - began:.2f} s)", sys.stdout)

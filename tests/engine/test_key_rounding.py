@@ -13,7 +13,7 @@ import torch
 from conftest import LoadModel
 from engine.test_core import ENGINE, LENGTH, TWELVE, run, token_ids
 from engine.test_ranks import checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from octavo import ops
 from octavo.batch import Span
@@ -173,6 +173,33 @@ def test_what_is_refused(tiny: list[str], tmp_path: Path) -> None:
         with pytest.raises(OctavoError, match=sentence) as caught:
             core_of(str(path), **options)
         assert "\n" not in str(caught.value)
+
+
+def test_values_that_no_calibration_writes_are_refused(tiny: list[str], tmp_path: Path) -> None:
+    """Kernels would read and write at the indices of `order` whatever they are: a file from elsewhere must not crash an engine,
+    nor make keys NaN."""
+    path = shutil.copytree(tiny[0], tmp_path / "other") / KEY_ROUNDING
+    right = load_file(path)
+    influence, order = right["1.influence"], right["1.order"]
+    once, shapes = "order does not name each dimension once", "influence has shape .* and order"
+    faults: list[tuple[dict[str, torch.Tensor], str]] = [
+        ({"1.order": order + 1}, once),
+        ({"1.order": order - 1}, once),
+        ({"1.order": order + (1 << 20)}, once),
+        ({"1.order": torch.zeros_like(order)}, once),
+        ({"1.order": order.float()}, "order torch.float32"),
+        ({"1.order": torch.tensor(3, dtype=torch.int32)}, shapes),
+        ({"1.order": order[0].contiguous()}, shapes),
+        ({"1.influence": torch.tensor(1.0)}, shapes),
+        ({"1.influence": influence.half()}, "influence is torch.float16"),
+        ({"1.influence": influence.clone().index_fill_(2, torch.tensor(3), torch.nan)}, "influence has NaN or infinity"),
+    ]
+    for changed, sentence in faults:
+        save_file(right | changed, path)
+        with pytest.raises(OctavoError, match=f"{KEY_ROUNDING} holds no rounding of layer 1's keys: .*{sentence}"):
+            core_of(str(path.parent))
+    save_file(right, path)
+    core_of(str(path.parent))
 
 
 def test_the_file_has_what_is_described(tiny: list[str]) -> None:

@@ -189,6 +189,10 @@ def test_one_that_fails_has_its_error_and_the_others_their_answers(llm, n, caplo
         ("--device cuda: torch sees none; use --device cpu.", 'device="cuda": torch sees none; use device="cpu".'),
         ("a smaller --max-model-len, or --seed 3.", "a smaller max_model_len, or seed=3."),
         ("--api-key and `octavo compare --auto` stay.", "--api-key and `octavo compare --auto` stay."),
+        (
+            "write it with octavo quantize --calibrate, or --save-quantized DIR --calibrate, or leave --calibrate out.",
+            "write it with octavo quantize --calibrate, or save_quantized=DIR calibrate, or leave calibrate out.",
+        ),
     ],
 )
 def test_a_flag_is_a_keyword_to_python(sentence, told):

@@ -123,6 +123,60 @@ def test_a_dead_engine_ends_the_server_with_an_exit_code_to_act_on(serve: MakeSe
     assert server.log[-1] == "octavo: The fake engine died. The server ends with exit code 1; start it again.\n"
 
 
+class Unread(Server):
+    """One whose output nobody reads behind the line that has `last`: of `octavo serve | tee log`, a Ctrl-C ends tee first."""
+
+    last = "Octavo is ready"
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in iter(self.process.stdout.readline, ""):
+            self.log.append(line)
+            if self.last in line:
+                break
+        self.process.stdout.close()
+
+
+@pytest.mark.parametrize("how", ["a signal", "two signals", "the engine's death"])
+def test_a_server_whose_output_nobody_reads_ends_as_any_other(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_DELAY", "0.02" if how == "a signal" else "0.2")
+    server = Unread("--enable-log-requests", fake=True)
+    try:
+        server._reader.join()
+        for _ in range(2):  # each has a line of the log
+            with post(server, max_tokens=1) as response:
+                assert response.status == 200
+        if how == "the engine's death":
+            server.signal(signal.SIGUSR1)
+            assert server.end() == 1
+            return
+        with post(server, stream=True) as stream:
+            assert stream.readline().startswith(b"data: ")
+            server.signal(signal.SIGINT)
+            if how == "two signals":
+                time.sleep(0.2)
+                server.signal(signal.SIGINT)
+            rest = stream.read()
+        assert rest.endswith(b"data: [DONE]\n\n")
+        assert (b'"error"' in rest) == (how == "two signals")
+        assert server.end() == 0
+    finally:
+        server.stop()
+
+
+def test_a_start_whose_output_nobody_reads_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Unread, "last", "loading")
+    monkeypatch.setenv("FAKE_LOAD", "0.5")
+    server = Unread(fake=True, ready=False)
+    try:
+        server._reader.join()
+        assert server.get("/health")[0] == 200  # the port is taken first, so this waits
+        server.signal()
+        assert server.end() == 0
+    finally:
+        server.stop()
+
+
 def test_a_second_server_on_a_port_is_refused_while_the_first_is_loading(serve: MakeServer) -> None:
     first = serve(load=60, ready=False)
     first.wait_for("octavo: loading")
