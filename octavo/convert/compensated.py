@@ -102,6 +102,7 @@ def factor(hessian: Tensor, part: float = DAMPING) -> Tensor | None:
     mean, damping = diagonal.clamp_min(0).mean(), _damping(diagonal, part)
     for _ in range(ATTEMPTS):
         h.diagonal().copy_(torch.where(diagonal > 0, diagonal + damping, mean.clamp_min(1e-30)))
+        lower: Tensor
         lower, failed = torch.linalg.cholesky_ex(h)
         if not failed:
             lower /= lower.diagonal().clone()
