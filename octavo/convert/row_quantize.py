@@ -54,8 +54,9 @@ def search_errors(values: Tensor, peak: Tensor, granularity: Granularity, weight
     steps = torch.tensor(SEARCH_STEPS, device=values.device)
     errors = ops.scale_errors(values, scale, steps, values.new_ones(k) if weight is None else weight)
     if granularity is Granularity.BLOCK:
-        padded: Tensor = torch.nn.functional.pad(errors, (0, 0, 0, -rows % BLOCK))
-        return padded.unflatten(1, (-1, BLOCK)).sum(2)
+        padded = torch.nn.functional.pad(errors, (0, 0, 0, -rows % BLOCK))
+        tiles: Tensor = padded.unflatten(1, (-1, BLOCK))
+        return tiles.sum(2)
     return errors.sum(1, keepdim=True) if granularity is Granularity.TENSOR else errors
 
 
