@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shlex
 import shutil
 import sys
 import time
@@ -399,6 +400,29 @@ def test_a_scheme_that_changes_nothing_is_no_flag(tiny: Path, tmp_path: Path) ->
         name = "the stored codes" if m.weights_as_stored else m.variant.scheme
         assert f" use {name} with KV cache fp8_e4m3" in verdict(Budget(9.0, relative=False), [m])[0]
     assert not any(m.weights_as_stored for m in both(tiny).measured)
+
+
+@cases(
+    "options",
+    [
+        dict(kv_cache_rounding="calibrated"),
+        dict(calculate_kv_scales=True),
+        dict(quantize_lm_head=True, quantization_ignore=("o_proj", "layers.1.*")),
+        {},
+    ],
+    ids=str,
+)
+def test_the_line_serves_what_was_measured(options: dict[str, Any], tiny: Path) -> None:
+    """Every flag that was given and that the chosen row has: an FP8 cache alone has scales and a rounding."""
+    base, rows = config(tiny, **options), both(tiny)
+    for kv in ("fp8_e4m3", "fp8_per_token_head", "auto"):
+        for variant in (Variant("ptpc_fp8", kv), Variant("fp8", kv, ("down_proj",)), Variant("bf16", kv)):
+            line = shlex.split(loss_table.command(replace(rows, engine=base, chosen=made(variant, 0.1))))
+            found = engine_config(make_parser("serve", serve.add_arguments).parse_args(with_dashes(line[2:])))
+            measured = variant.config(base)
+            for name in ("model", "quantization", "kv_cache_rounding", "quantization_ignore", "quantize_lm_head"):
+                assert getattr(found, name) == getattr(measured, name), (name, line)
+            assert found.calculate_kv_scales == (measured.calculate_kv_scales and kv == "fp8_e4m3")
 
 
 def reference_of(model: Path) -> Reference:

@@ -156,7 +156,7 @@ def compare(
     tell("measuring the error of each layer", 0)
     errors = layer_errors(core, quantized, text.windows[0])
     sizes = text.predictions, len(text.windows[0]), context, text.greedy
-    found = Comparison(config.model, *sizes, budget or search.DEFAULT_BUDGET, first, [], errors, decoded=text.decoded)
+    found = Comparison(config.model, config, *sizes, budget or search.DEFAULT_BUDGET, first, [], errors, decoded=text.decoded)
     if stored_so := {key: group for key, group in core.runner.report.groups.items() if group.dtype is not WeightDType.BF16}:
         kinds = ", ".join(f"{role} in {scheme}" for role, scheme in sorted(stored_so))
         found.notes.append(

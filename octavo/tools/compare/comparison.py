@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from octavo.config import EngineConfig
 from octavo.tools.compare.layer_errors import LayerError, Sensitivity
 from octavo.tools.compare.measure import Measurement
 from octavo.tools.compare.search import Budget
@@ -17,6 +18,7 @@ class Comparison:
     """Everything that was measured, and what it comes to."""
 
     model: str
+    engine: EngineConfig  # the user's, from which each variant's is made
     predictions: int
     window: int
     context: int  # tokens of the longest request

@@ -6,6 +6,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+from octavo.engine.kv_setup import SCALED
 from octavo.engine.memory import gib
 from octavo.tools.compare.calibrated import made_by
 from octavo.tools.compare.comparison import Comparison
@@ -106,8 +107,17 @@ def command(found: Comparison) -> str:
     if found.saved:
         return shlex.join(["octavo", "serve", found.model, "--quantization-config", found.saved])
     v = found.chosen.variant
-    ignore = ["--quantization-ignore", *v.ignore] if v.ignore else []
-    model = v.calibrated or found.model
-    scheme = [] if found.chosen.weights_as_stored else ["--quantization", v.scheme]
-    decode = ["--decode-activations", v.decode] if v.decode != "auto" else []
-    return shlex.join(["octavo", "serve", model, *scheme, "--kv-cache-dtype", v.kv, *decode, *ignore])
+    engine = v.config(found.engine)
+    flags = [] if found.chosen.weights_as_stored else ["--quantization", v.scheme]
+    flags += ["--kv-cache-dtype", v.kv]
+    if engine.kv_cache_rounding != "nearest":
+        flags += ["--kv-cache-rounding", engine.kv_cache_rounding]
+    if engine.calculate_kv_scales and v.kv in SCALED:
+        flags += ["--calculate-kv-scales"]
+    if v.decode != "auto":
+        flags += ["--decode-activations", v.decode]
+    if engine.quantize_lm_head:
+        flags += ["--quantize-lm-head"]
+    if engine.quantization_ignore:
+        flags += ["--quantization-ignore", *engine.quantization_ignore]
+    return shlex.join(["octavo", "serve", v.calibrated or found.model, *flags])
