@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo import batch, ops
+from octavo.convert.cache_scales import SCALES, CacheScales, Measured
 from octavo.convert.compensated import compensated, symmetric
 from octavo.convert.key_rounding import Rounding, key_rounding
 from octavo.convert.quantize_plan import Piece
@@ -32,7 +33,7 @@ from octavo.quant.formats import WHOLE, read_weight
 from octavo.quant.qtensor import expand_scale
 from octavo.quant.scheme import BF16, Granularity
 from octavo.weights import Loader, SafetensorsSource, load
-from octavo.weights.loader import stored_modules
+from octavo.weights.loader import places_of, stored_modules
 
 __all__ = ["TOGETHER", "CalibratedLayer", "Loss", "State"]
 
@@ -61,14 +62,15 @@ class CalibratedLayer:
 
     `pieces`: by module, the matrices that are to be rounded. `made` holds codes e4m3fn [N, K] and scales FP32 as `peaks` shapes
     them, by module, and `losses` what they lose, by the first module of those that share their inputs. `key_rounding`: how the
-    layer's keys are rounded in an FP8 cache; None of attention to latents.
+    layer's keys are rounded in an FP8 cache; None of attention to latents. `cache_scales`: those that `scales` asks for, by the
+    names of their tensors.
     """
 
     def __init__(
         self, directory: Path, config: Mapping[str, Any], number: int, longest: int, platform: Platform,
-        pieces: Mapping[str, Piece],
+        pieces: Mapping[str, Piece], scales: CacheScales | None = None,
     ):  # fmt: skip
-        self.platform, self.pieces = platform, pieces
+        self.platform, self.pieces, self.scales = platform, pieces, scales
         self.model = build_model(config, TensorParallel(), longest, range(number, number + 1))
         module = cast("nn.Module", self.model)
         load(module, Loader(SafetensorsSource(directory), platform, QuantRules(), torch.bfloat16), self.model.ignored)
@@ -79,6 +81,7 @@ class CalibratedLayer:
         self.made: dict[str, tuple[Tensor, Tensor]] = {}
         self.losses: dict[str, Loss] = {}
         self.key_rounding: Rounding | None = None
+        self.cache_scales: dict[str, Tensor] = {}
 
     def close(self) -> None:
         self.loader.source.close()
@@ -91,38 +94,45 @@ class CalibratedLayer:
     @torch.inference_mode()
     def run(self, windows: Sequence[Sequence[int]], state: State) -> Tensor | State:
         """What the layer makes of a batch's state: the next layer's."""
-        spans, first = [], 1
-        for window in windows:
-            spans.append(batch.Span(window, 0, range(first, first := first - len(window) // -BLOCK_SIZE)))
         own = state._replace(x=state.x.clone())  # layers add to their residual in place
         if isinstance(own, StageState):
             own = own._replace(residual=own.residual.clone())
-        return self.model(batch.build(spans, BLOCK_SIZE, self.platform.device), own)
+        return self.model(batch.build(_spans(windows), BLOCK_SIZE, self.platform.device), own)
 
     @torch.inference_mode()
     def quantize(self, batches: Sequence[Sequence[Sequence[int]]], states: Sequence[State]) -> list[Tensor | State]:
         """Rounds the layer's matrices, and its keys, by what reads them in `states`. Gives what it makes of each, unrounded."""
         modules = self._modules()
         inputs = {path: _Inputs() for path in modules}
-        attention = [one for one in cast("nn.Module", self.model).modules() if isinstance(one, PagedAttention)]
-        for one in attention:
-            one.query_gram = torch.zeros(one.kv_heads, one.head_dim, one.head_dim, device=self.platform.device)
+        attention = self._attention(sum(len(window) for windows in batches for window in windows))
         handles = [modules[path].register_forward_pre_hook(one.see) for path, one in inputs.items()]
         try:
-            after = [self.run(*pair) for pair in zip(batches, states, strict=True)]
+            after = []
+            for windows, state in zip(batches, states, strict=True):
+                after.append(self.run(windows, state))
+                for seen in attention.values():
+                    seen.see(_spans(windows))
         finally:
             for handle in handles:
                 handle.remove()
-        for one in attention:
-            assert one.query_gram is not None
-            self.key_rounding, one.query_gram = key_rounding(one.query_gram), None
+        for path, read in attention.items():
+            grams = read.grams()
+            self.key_rounding = key_rounding(grams)
+            if self.scales is not None and path in self.scales.heads:
+                made = read.scales(grams, by_head=self.scales.by_head)
+                self.cache_scales = {f"{path}.{name}": scale for name, scale in zip(SCALES, made, strict=True)}
         for path, module in modules.items():
-            seen = inputs.pop(path)
+            given = inputs.pop(path)
             if isinstance(module, Experts):
-                self._experts(path, module, seen)
-            elif seen.hessian is not None:
-                self._linear(path, module, symmetric(seen.hessian))
+                self._experts(path, module, given)
+            elif given.hessian is not None:
+                self._linear(path, module, symmetric(given.hessian))
         return after
+
+    def _attention(self, tokens: int) -> dict[str, _Attention]:
+        """Those whose cache has keys and values, by their paths."""
+        places = places_of(cast("nn.Module", self.model))
+        return {path: _Attention(one, tokens, self.platform.device) for path, one in places if isinstance(one, PagedAttention)}
 
     def _modules(self) -> dict[str, Linear | Experts]:
         """Those that hold matrices to round."""
@@ -181,6 +191,32 @@ class CalibratedLayer:
         return weights
 
 
+class _Attention:
+    """What a layer's queries read of keys, and what its cache in the model's dtype holds, over a text of so many tokens."""
+
+    def __init__(self, layer: PagedAttention, tokens: int, device: torch.device):
+        self.layer, self.stored = layer, (Measured(tokens), Measured(tokens))
+        layer.query_gram = torch.zeros(layer.kv_heads, layer.head_dim, layer.head_dim, device=device)
+
+    def see(self, spans: Sequence[batch.Span]) -> None:
+        """The windows that the layer has just read."""
+        for span in spans:
+            blocks = slice(span.block_ids[0], span.block_ids[-1] + 1)
+            for name, measured in zip("kv", self.stored, strict=True):
+                measured.see(self.layer.cache.views[name][blocks].flatten(0, 1)[: len(span.token_ids)])
+
+    def grams(self) -> Tensor:
+        """The sums of q q^T, FP32 [heads, D, D]. Queries are no longer summed."""
+        assert self.layer.query_gram is not None
+        grams, self.layer.query_gram = self.layer.query_gram, None
+        return torch.stack([symmetric(gram) for gram in grams])
+
+    def scales(self, grams: Tensor, *, by_head: bool) -> tuple[Tensor, Tensor]:
+        """Of keys and of values."""
+        keys, values = self.stored
+        return keys.scale(by_head=by_head, grams=grams), values.scale(by_head=by_head)
+
+
 class _Inputs:
     """What a module reads: of a linear layer the sum of x x^T, FP32; of experts each token and where it is routed to."""
 
@@ -198,6 +234,14 @@ class _Inputs:
         if self.hessian is None:
             self.hessian = torch.zeros(x.shape[1], x.shape[1], device=x.device)
         ops.add_gram(self.hessian, x)
+
+
+def _spans(windows: Sequence[Sequence[int]]) -> list[batch.Span]:
+    """Windows as requests, one behind the other in the cache; its first block is that of rows which pad a step."""
+    spans, first = [], 1
+    for window in windows:
+        spans.append(batch.Span(window, 0, range(first, first := first - len(window) // -BLOCK_SIZE)))
+    return spans
 
 
 def _parts(linear: Linear) -> list[str]:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from octavo import ops
+from octavo.convert.cache_scales import SCALES, CacheScales
 from octavo.convert.calibrated_layer import TOGETHER, CalibratedLayer, Loss, State
 from octavo.convert.key_rounding import Rounding, write_key_rounding
 from octavo.convert.output_file import write_error
@@ -33,7 +34,8 @@ from octavo.platform import Platform
 
 __all__ = ["WINDOW", "LayerLosses", "Stash", "calibrate"]
 
-KEYS = "key_influence", "key_order"  # of a layer, beside its codes
+KEYS = "key_influence", "key_order"  # of a layer, beside its codes and the scales of its cache
+ENDS = tuple(f".{name}" for name in SCALES)
 WINDOW = 512  # tokens of text that attend to each other
 
 LayerLosses = dict[str, Loss]
@@ -54,7 +56,7 @@ class Stash:
 
     def _note(self, path: Path) -> None:
         with safe_open(path, "pt") as file:
-            self._files |= {name.removesuffix(".weight"): path for name in file.keys() if name.endswith(".weight")}  # noqa: SIM118
+            self._files |= {name.removesuffix(".weight"): path for name in file.keys() if name.endswith((".weight", *ENDS))}  # noqa: SIM118
 
     def get(self, module: str) -> tuple[Tensor, Tensor] | None:
         """Codes e4m3fn [N, K] and scales FP32, on the host; None of a module that nothing was measured for."""
@@ -62,6 +64,20 @@ class Stash:
             return None
         with safe_open(self._files[module], "pt") as file:
             return file.get_tensor(f"{module}.weight"), file.get_tensor(f"{module}.weight_scale")
+
+    def cache_scale(self, name: str) -> Tensor:
+        """The scale tensor of this name, FP32, on the host."""
+        with safe_open(self._files[name], "pt") as file:
+            return cast("Tensor", file.get_tensor(name))
+
+    def said_of_scales(self, scales: CacheScales) -> str:
+        """What was written of the scales of an FP8 cache, or why nothing was."""
+        if scales.without:
+            return scales.without
+        found = [torch.cat([self.cache_scale(f"{module}.{name}").flatten() for module in scales.heads]) for name in SCALES]
+        keys, values = (f"{float(each.min()):.3g} to {float(each.max()):.3g}" for each in found)
+        each = "KV head" if scales.by_head else "layer"
+        return f"KV scales of each {each}, which --kv-cache-dtype fp8 uses: keys {keys}, values {values}"
 
     def said_of(self, plan: Plan, windows: Sequence[Sequence[int]]) -> str:
         """How many of the matrices that the output has in FP8 were calibrated, and by how many tokens."""
@@ -92,7 +108,7 @@ class Stash:
         """Keeps what layer `number` gave. Whoever is stopped in between computes the layer again."""
         made = {f"{name}.weight": codes for name, (codes, _) in layer.made.items()}
         made |= {f"{name}.weight_scale": scale for name, (_, scale) in layer.made.items()}
-        made |= dict(zip(KEYS, layer.key_rounding or (), strict=False))
+        made |= dict(zip(KEYS, layer.key_rounding or (), strict=False)) | layer.cache_scales
         losses = {name: asdict(loss) for name, loss in layer.losses.items()}
         self._write(_layer_name(number), made, {"losses": json.dumps(losses)})
         self._note(self.folder / _layer_name(number))
@@ -138,7 +154,7 @@ def calibrate(
             tell(number, count, stash.losses(number))
         states = [_to(state, platform.device) for state in stash.states(done)] if 0 < done < count else []
         for number in range(done, count):
-            layer = CalibratedLayer(plan.checkpoint.directory, config, number, longest, platform, pieces)
+            layer = CalibratedLayer(plan.checkpoint.directory, config, number, longest, platform, pieces, plan.cache_scales)
             try:
                 if not number:
                     states = [layer.embed(batch) for batch in batches]

@@ -41,15 +41,23 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     }
     int4 = _int4_groups(plan)
     groups = [fp8 | {"format": "float-quantized"}, *int4] if int4 else [fp8]
-    found = [c for c in quantization_configs(plan.config) if c.get("quant_method") == "compressed-tensors"]
     return {
         "quant_method": "compressed-tensors",
         "format": "mixed-precision" if int4 else "float-quantized",
         "quantization_status": "compressed",
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "ignore": plan.ignored(),
-        "kv_cache_scheme": found[0].get("kv_cache_scheme") if found else None,
+        "kv_cache_scheme": _cache_scheme(plan),
     }
+
+
+def _cache_scheme(plan: Plan) -> dict[str, Any] | None:
+    """What is asked for, else the checkpoint's own. Of scales that are there without it, readers take none unasked: with it,
+    vLLM's and transformers' caches are FP8 whatever their users say."""
+    if plan.cache_scales is not None and plan.cache_scales.strategy is not None:
+        return {**_EIGHT, "strategy": plan.cache_scales.strategy, "dynamic": False}
+    found = (c for c in quantization_configs(plan.config) if c.get("quant_method") == "compressed-tensors")
+    return next((c.get("kv_cache_scheme") for c in found), None)
 
 
 def _int4_groups(plan: Plan) -> list[dict[str, Any]]:

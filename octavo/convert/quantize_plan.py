@@ -11,8 +11,10 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import Any
 
+from octavo.convert.cache_scales import SCALES, CacheScales
 from octavo.errors import OctavoError
 from octavo.quant import QuantRules, Scheme
 from octavo.quant.formats import COMPANIONS, int4_group, served_scheme, stored_scheme, stored_shape
@@ -51,6 +53,7 @@ class Piece:
     stored: Scheme | None = None  # the FP8 scheme that it has; None for dense ones and other formats
     is_packed: bool = False
     int4: Scheme | None = None  # of packed codes that are copied
+    is_measured: bool = False  # a scale of the KV cache, which the checkpoint does not have: `tensor` is what will be written
 
     @property
     def is_kept(self) -> bool:
@@ -87,7 +90,8 @@ class Piece:
 class Plan:
     """The pieces of every file. Raises OctavoError for what cannot be done, before anything is written.
 
-    `requantize_int4`: packed INT4 is decoded and gets the rules' scheme, too; else its codes are copied.
+    `requantize_int4`: packed INT4 is decoded and gets the rules' scheme, too; else its codes are copied. cache_scales: those
+    that calibration will measure, each in the file of its attention's first tensor.
     """
 
     def __init__(
@@ -98,8 +102,10 @@ class Plan:
         rules: QuantRules,
         *,
         requantize_int4: bool = False,
+        cache_scales: CacheScales | None = None,
     ):
         self.checkpoint, self.reader, self.config, self.rules = checkpoint, reader, config, rules
+        self.cache_scales = cache_scales
         self.modules = {name for tensor in checkpoint.tensors.values() if (name := _module(tensor))}
         self.scaled = {name for name in self.modules if self._is_stored_quantized(name)}
         self.packed = {name: int4_scheme(reader, name) for name in sorted(self.modules) if reader.has(f"{name}.weight_packed")}
@@ -109,6 +115,8 @@ class Plan:
             self.operands.setdefault(_operand(name), []).append(name)
         self.scheme_of = cache(self._scheme_of)
         self.files = {file: list(self._pieces(tensors)) for file, tensors in checkpoint.files.items()}
+        for piece in self._measured():
+            self.files[piece.tensor.file].append(piece)
         self.pieces = [piece for pieces in self.files.values() for piece in pieces]
         self._check()
 
@@ -123,6 +131,16 @@ class Plan:
             if owner in self.scaled and end in COMPANIONS and not (owner in self.int4 and end in BESIDE_INT4):
                 continue  # written anew, or not needed: activations are scaled by what they are
             yield self._matrix(tensor, _module(tensor)) if _module(tensor) else self._other(tensor)
+
+    def _measured(self) -> Iterator[Piece]:
+        """The scales of the KV cache."""
+        if (scales := self.cache_scales) is None:
+            return
+        for module in scales.heads:
+            file = next(tensor.file for tensor in self.checkpoint.tensors.values() if tensor.name.startswith(f"{module}."))
+            for name in SCALES:
+                shape = scales.shape(module)
+                yield Piece(StoredTensor(f"{module}.{name}", "F32", shape, file, 0, 4 * prod(shape)), is_measured=True)
 
     def _other(self, tensor: StoredTensor) -> Piece:
         if len(tensor.shape) == 3 and "experts" in tensor.name and not self.rules.ignored(tensor.name):

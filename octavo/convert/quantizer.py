@@ -53,15 +53,20 @@ def output_files(plan: Plan, output: Path) -> dict[str, OutputFile]:
             for name, pieces in plan.files.items()}  # fmt: skip
 
 
-STATES = 3  # of what a stopped calibration leaves to be continued: a number for each form that it has had
+STATES = 4  # of what a stopped calibration leaves to be continued: a number for each form that it has had
 
 
 def job_of(
-    rules: QuantRules, search: bool, requantize_int4: bool = False, windows: Sequence[Sequence[int]] = ()
+    rules: QuantRules,
+    search: bool,
+    requantize_int4: bool = False,
+    windows: Sequence[Sequence[int]] = (),
+    kv_cache_scheme: str | None = None,
 ) -> dict[str, Any]:
     """What must be the same for a run to continue another one's work. `windows`: token ids to calibrate by, if any."""
     text = hashlib.sha256(json.dumps([list(w) for w in windows]).encode()).hexdigest()
-    return ({"calibration": text, "states": STATES} if windows else {}) | {
+    by_text = {"calibration": text, "states": STATES, "kv_cache_scheme": kv_cache_scheme}
+    return (by_text if windows else {}) | {
         "scheme": rules.scheme.name + (" of INT4, too" if requantize_int4 else ""), "ignore": list(rules.ignore),
         "lm_head": rules.quantize_lm_head, "scale_search": search,
     }  # fmt: skip
@@ -132,8 +137,15 @@ class Worker:
         """What one thread each can do; together they write the piece."""
         if piece.scheme is not None:
             return [partial(self._matrix, piece)]
+        if piece.is_measured:
+            return [partial(self._measured, piece)]
         ends = range(0, piece.tensor.nbytes, COPY_PART)
         return [partial(self._copy, piece, start, min(start + COPY_PART, piece.tensor.nbytes)) for start in ends]
+
+    def _measured(self, piece: Piece) -> None:
+        assert self.stash is not None
+        self._put(piece.tensor.name, 0, self.stash.cache_scale(piece.tensor.name))
+        self._done(piece.tensor.nbytes)
 
     @property
     def scratch(self) -> Scratch:

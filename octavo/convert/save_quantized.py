@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from octavo.convert.cache_scales import scales_to_measure
 from octavo.convert.calibration import LayerLosses, Stash, calibrate
 from octavo.convert.output_config import quantization_config
 from octavo.convert.output_directory import OutputDirectory
@@ -51,7 +52,8 @@ def save_quantized(
     with closing(Checkpoint(model)) as checkpoint:
         tied = rules.quantize_lm_head and config.get("tie_word_embeddings") is True
         own = replace(rules, used=set(), quantize_lm_head=rules.quantize_lm_head and not tied)
-        plan = Plan(checkpoint, RowReader(checkpoint, platform, Scratch()), dict(config), own)
+        scales = scales_to_measure(checkpoint, config, None) if windows else None
+        plan = Plan(checkpoint, RowReader(checkpoint, platform, Scratch()), dict(config), own, cache_scales=scales)
         if other := next((piece for piece in plan.pieces if piece.stored and not piece.is_kept), None):
             assert other.stored is not None
             raise OctavoError(
@@ -70,7 +72,7 @@ def save_quantized(
             write_files(plan, directory, platform, False, threads, _Told(remaining(plan, directory), progress), stash)
             if stash is not None:
                 stash.write_key_rounding(output / KEY_ROUNDING)
-            by = "" if stash is None else f", {stash.said_of(plan, windows)}"
+            by = "" if stash is None or scales is None else f", {stash.said_of(plan, windows)}; {stash.said_of_scales(scales)}"
             directory.finish(config, quantization_config(plan))
         kept = "; the embeddings, which are the head too, stay BF16 there and are quantized at each start" if tied else ""
         return f"quantized weights saved in {output}{by}, from where the next start takes them{kept}"

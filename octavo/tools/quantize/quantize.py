@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from octavo.config import QUANTIZATIONS, EngineConfig, canonical
+from octavo.convert.cache_scales import STRATEGIES, scales_to_measure
 from octavo.convert.calibration import WINDOW, Stash, calibrate
 from octavo.convert.output_config import quantization_config
 from octavo.convert.output_directory import MARKER, OutputDirectory
@@ -63,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"most tokens of the text to calibrate by, in whole windows of {WINDOW} (default: {TOKENS})",
     )
+    group.add_argument(
+        "--kv-cache-scheme", choices=STRATEGIES,
+        help="say in config.json that the KV cache is FP8 with a scale for each layer or for each KV head, as llm-compressor "
+        "does: vLLM and transformers then have such a cache whatever they are told. --calibrate writes the scales of layers "
+        "without it, too, for --kv-cache-dtype fp8",
+    )  # fmt: skip
     group.add_argument("--verify", action="store_true", help="read the result back and print the error of each layer")
 
 
@@ -79,6 +86,8 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     threads = config.threads or len(os.sched_getaffinity(0))
     if args.by_text is None and args.calibration_tokens is not None:
         raise OctavoError("--calibration-tokens is for --calibrate, which was not given; add it, or leave this out.")
+    if args.by_text is None and args.kv_cache_scheme is not None:
+        raise OctavoError("--kv-cache-scheme is for --calibrate, which measures the scales; add it, or leave this out.")
     tokens = TOKENS if args.calibration_tokens is None else args.calibration_tokens
     windows = () if args.by_text is None else calibration_windows(Path(config.model), args.by_text, tokens)
     if windows and (found := sum(map(len, windows))) < tokens - tokens % len(windows[0]):
@@ -87,7 +96,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     try:
         quantize_checkpoint(
             Path(config.model), output, rules, search=bool(args.scale_search), device=config.device, threads=threads,
-            check=args.verify, requantize_int4=args.requantize_int4, windows=windows,
+            check=args.verify, requantize_int4=args.requantize_int4, windows=windows, kv_cache_scheme=args.kv_cache_scheme,
         )  # fmt: skip
     except KeyboardInterrupt:
         print(f"octavo: stopped; {_left_in(output)}", file=sys.stderr)
@@ -113,12 +122,14 @@ def quantize_checkpoint(
     check: bool = False,
     requantize_int4: bool = False,
     windows: Sequence[Sequence[int]] = (),
+    kv_cache_scheme: str | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Writes to `output` the checkpoint at `model`, its linear layers in the rules' scheme. Raises OctavoError.
 
     Packed INT4 stays as it is stored but with `requantize_int4`. windows: token ids to calibrate by, if any. Neither they nor
-    `search` are taken where every matrix keeps its stored codes.
+    `search` are taken where every matrix keeps its stored codes. kv_cache_scheme: of STRATEGIES, what config.json says of the
+    scales of an FP8 cache, which windows measure; None: nothing.
     """
     config = read_config(model)
     check_format(config, model)
@@ -127,7 +138,8 @@ def quantize_checkpoint(
     platform = replace(detect(device), fp8_dtype=torch.float8_e4m3fn)  # the dtype that checkpoints have, whatever the device's
     with closing(Checkpoint(model)) as checkpoint:
         reader = RowReader(checkpoint, platform, Scratch())
-        plan = Plan(checkpoint, reader, config, rules, requantize_int4=requantize_int4)
+        scales = scales_to_measure(checkpoint, config, kv_cache_scheme) if windows else None
+        plan = Plan(checkpoint, reader, config, rules, requantize_int4=requantize_int4, cache_scales=scales)
         if config.get("model_type") not in MODEL_TYPES:
             say(f"note: Octavo does not serve model_type '{config.get('model_type')}'; linear layers are known by their names")
         if windows:
@@ -137,17 +149,18 @@ def quantize_checkpoint(
         for line in plan.notes():
             say(line)
         files = output_files(plan, output)
-        directory = OutputDirectory(output, checkpoint, files, job_of(rules, search, requantize_int4, windows))
+        directory = OutputDirectory(output, checkpoint, files, job_of(rules, search, requantize_int4, windows, kv_cache_scheme))
         if output.is_dir() and directory.is_complete():
             say(f"{output} is finished already: made of {model} with these settings")
         else:
             with directory:
                 stash = Stash(directory.stash) if windows else None
-                if stash is not None:
+                if stash is not None and scales is not None:
                     calibrate(plan, config, windows, detect(device), stash, threads, LossReport(say))
                     if left := [p.module for p in plan.quantized if not p.is_kept and stash.get(p.module) is None]:
                         say(f"{len(left)} matrices are rounded plainly, as no text reads them: {names_of(left)}")
                     say(stash.said_of(plan, windows))
+                    say(stash.said_of_scales(scales))
                 with Progress(remaining(plan, directory)) as progress:
                     write_files(plan, directory, platform, search, threads, progress, stash)
                 if stash is not None:
