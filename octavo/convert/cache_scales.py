@@ -38,7 +38,7 @@ class CacheScales:
     """The attention modules whose scales are to be measured, each with its number of KV heads, and what config.json says.
 
     strategy: of `kv_cache_scheme`; None: config.json has none, and there is a scale for each layer. without: why a checkpoint
-    gets none, a sentence; "" where it gets some.
+    gets none; "" where it gets some.
     """
 
     heads: Mapping[str, int]
@@ -64,11 +64,11 @@ def scales_to_measure(checkpoint: Checkpoint, config: Mapping[str, Any], strateg
     ends = tuple(f".{name}" for name in SCALE_NAMES)
     without = ""
     if not heads:
-        without = "no KV scales: MLA's FP8 cache takes those of each token as it is written"
+        without = "MLA's FP8 cache takes the scales of each token as it is written"
     elif found := next((name for name in checkpoint.tensors if name.endswith(ends)), None):
-        without, heads = f"the KV scales that the checkpoint has are kept, such as {found}", {}
+        without, heads = f"those that the checkpoint has are kept, such as {found}", {}
     if strategy is not None and without:
-        raise OctavoError(f"--kv-cache-scheme {strategy} would write KV scales, but {without}; leave it out.")
+        raise OctavoError(f"--kv-cache-scheme {strategy} has no KV scales to write: {without}; leave it out.")
     return CacheScales(heads, strategy, without)
 
 

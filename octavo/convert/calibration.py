@@ -73,7 +73,7 @@ class Stash:
     def said_of_scales(self, scales: CacheScales) -> str:
         """What was written of the scales of an FP8 cache, or why nothing was."""
         if scales.without:
-            return scales.without
+            return f"no KV scales written: {scales.without}"
         found = [torch.cat([self.cache_scale(f"{module}.{name}").flatten() for module in scales.heads]) for name in SCALES]
         keys, values = (f"{float(each.min()):.3g} to {float(each.max()):.3g}" for each in found)
         each = "KV head" if scales.by_head else "layer"
