@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from octavo.convert.row_quantize import round_to_codes
 from octavo.distributed import TensorParallel
 from octavo.errors import OctavoError
 from octavo.layers.attention import SCALE_NAMES, PagedAttention
@@ -27,9 +28,9 @@ __all__ = ["SCALES", "STRATEGIES", "CacheScales", "Measured", "scales_to_measure
 SCALES = "k_scale", "v_scale"  # as compressed-tensors names them, beside an attention module's projections
 STRATEGIES = "tensor", "attn_head"  # of compressed-tensors' kv_cache_scheme: a scale for a layer, or for each of its KV heads
 ROOM = 2.0  # times the largest value of the text may be stored: other texts have larger ones
-STEPS = tuple(1 + i / 16 for i in range(16))  # mantissas, as BF16 has them, the dtype in which other readers keep scales
-ENOUGH = 4096  # tokens that errors are measured on, from all over the text
-PART = 8  # of a window's tokens one in so many is among them, or more
+STEPS = tuple(1 + i / 16 for i in range(16))  # mantissas that BF16 has, too, the dtype in which other readers keep scales
+ENOUGH = 2048  # tokens that errors are measured on, from all over the text
+PART = 16  # of a window's tokens one in so many is among them, or more
 E4M3 = torch.float8_e4m3fn
 
 
@@ -86,12 +87,17 @@ class Measured:
     def see(self, x: Tensor) -> None:
         """x [T, heads, D] of one window. What is not finite is 0, as in the cache. Windows give their tokens in turn, since the
         first ones of each are unlike the others."""
-        x = x.nan_to_num(0.0, 0.0, 0.0)
-        self.peaks.append(x.abs().amax((0, 2)).float())
+        x = x.transpose(0, 1).float().contiguous()
+        ends = torch.aminmax(x.flatten(1), dim=1)
+        peak = torch.maximum(-ends.min, ends.max)
+        if not bool(peak.isfinite().all()):
+            x = x.nan_to_num_(0.0, 0.0, 0.0)
+            peak = x.abs().amax((1, 2))
+        self.peaks.append(peak)
         number, at = divmod(self.windows, self.apart)
         self.windows += 1
         if not at:
-            self.kept.append(x[number % self.every :: self.every].clone())
+            self.kept.append(x[:, number % self.every :: self.every].contiguous())
 
     def scale(self, *, by_head: bool, grams: Tensor | None = None) -> Tensor:
         """FP32 [1], or [heads, 1, 1] by head.
@@ -110,15 +116,16 @@ class Measured:
 
     def _errors(self, scale: Tensor, grams: Tensor | None) -> Tensor:
         """FP64 [heads]: what codes of `scale`, FP32 [1] or [heads], lose."""
-        by, total = scale.view(-1, 1), torch.zeros(self.kept[0].shape[1], dtype=torch.float64, device=scale.device)
-        for x in self.kept:
-            values = x.float()
-            lost = (values / by).clamp_(-FP8_MAX[E4M3], FP8_MAX[E4M3]).to(E4M3).float().mul_(by).sub_(values)
+        by, total = scale.view(-1, 1, 1), torch.zeros(len(self.kept[0]), dtype=torch.float64, device=scale.device)
+        for values in self.kept:
+            lost = values / by
+            round_to_codes(lost, torch.empty_like(lost))
+            lost.mul_(by).sub_(values)
             if grams is None:
-                total += lost.square_().sum((0, 2))
-                continue
-            lost = (lost - lost.mean(0)).transpose(0, 1)
-            total += (lost @ grams).mul_(lost).sum((1, 2))
+                total += lost.square_().sum((1, 2))
+            else:
+                lost -= lost.mean(1, keepdim=True)
+                total += (lost @ grams).mul_(lost).sum((1, 2))
         return total
 
 

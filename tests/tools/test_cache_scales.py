@@ -147,7 +147,7 @@ def test_the_scale_of_least_error(size: float, by_head: bool) -> None:
             }
             assert found == min(errors, key=errors.__getitem__)
             assert max(errors.values()) > 1.02 * min(errors.values())
-    assert not chosen[0].equal(chosen[1])
+    assert by_head <= (not chosen[0].equal(chosen[1]))  # of one scale for both, now and then it is the same
 
 
 @cases("strategy", [None, "attn_head"])
@@ -279,7 +279,7 @@ def test_what_is_refused(made: dict[str | None, Path], model: Path, tmp_path: Pa
 
 def test_few_of_many_tokens_are_kept_and_all_of_few() -> None:
     """What is kept comes from all places of a window alike; the largest are of all."""
-    for windows_of, length, kept in ((4, 100, 400), (64, 512, 4096), (1024, 512, 4096)):
+    for windows_of, length, kept in ((4, 100, 400), (64, 512, 2048), (1024, 512, 2048)):
         one = Measured(windows_of * length)
         places = torch.zeros(length)
         for number in range(windows_of):
@@ -289,7 +289,7 @@ def test_few_of_many_tokens_are_kept_and_all_of_few() -> None:
         for part in one.kept:
             values = part.flatten().long()
             places[values[values < length]] += 1
-        assert sum(map(len, one.kept)) == kept
+        assert sum(part.shape[1] for part in one.kept) == kept
         assert float(torch.stack(one.peaks).amax()) == 1000.0
         assert places[1:].max() - places[1:].min() <= 1
 
