@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo import batch, ops
-from octavo.convert.cache_scales import SCALES, CacheScales, Measured
+from octavo.convert.cache_scales import SCALES, CacheScales, cache_scale
 from octavo.convert.compensated import compensated, symmetric
 from octavo.convert.key_rounding import Rounding, key_rounding
 from octavo.convert.quantize_plan import Piece
@@ -94,32 +94,35 @@ class CalibratedLayer:
     @torch.inference_mode()
     def run(self, windows: Sequence[Sequence[int]], state: State) -> Tensor | State:
         """What the layer makes of a batch's state: the next layer's."""
+        spans, first = [], 1
+        for window in windows:
+            spans.append(batch.Span(window, 0, range(first, first := first - len(window) // -BLOCK_SIZE)))
         own = state._replace(x=state.x.clone())  # layers add to their residual in place
         if isinstance(own, StageState):
             own = own._replace(residual=own.residual.clone())
-        return self.model(batch.build(_spans(windows), BLOCK_SIZE, self.platform.device), own)
+        return self.model(batch.build(spans, BLOCK_SIZE, self.platform.device), own)
 
     @torch.inference_mode()
     def quantize(self, batches: Sequence[Sequence[Sequence[int]]], states: Sequence[State]) -> list[Tensor | State]:
         """Rounds the layer's matrices, and its keys, by what reads them in `states`. Gives what it makes of each, unrounded."""
         modules = self._modules()
         inputs = {path: _Inputs() for path in modules}
-        attention = self._attention(sum(len(window) for windows in batches for window in windows))
+        places = places_of(cast("nn.Module", self.model))
+        attention = {path: _Attention(one, self.platform.device) for path, one in places if isinstance(one, PagedAttention)}
         handles = [modules[path].register_forward_pre_hook(one.see) for path, one in inputs.items()]
         try:
             after = []
             for windows, state in zip(batches, states, strict=True):
                 after.append(self.run(windows, state))
                 for seen in attention.values():
-                    seen.see(_spans(windows))
+                    seen.see()
         finally:
             for handle in handles:
                 handle.remove()
         for path, read in attention.items():
-            grams = read.grams()
-            self.key_rounding = key_rounding(grams)
+            self.key_rounding = key_rounding(read.grams())
             if self.scales is not None and path in self.scales.heads:
-                made = read.scales(grams, by_head=self.scales.by_head)
+                made = (cache_scale(peaks, by_head=self.scales.by_head) for peaks in read.peaks)
                 self.cache_scales = {f"{path}.{name}": scale for name, scale in zip(SCALES, made, strict=True)}
         for path, module in modules.items():
             given = inputs.pop(path)
@@ -128,11 +131,6 @@ class CalibratedLayer:
             elif given.hessian is not None:
                 self._linear(path, module, symmetric(given.hessian))
         return after
-
-    def _attention(self, tokens: int) -> dict[str, _Attention]:
-        """Those whose cache has keys and values, by their paths."""
-        places = places_of(cast("nn.Module", self.model))
-        return {path: _Attention(one, tokens, self.platform.device) for path, one in places if isinstance(one, PagedAttention)}
 
     def _modules(self) -> dict[str, Linear | Experts]:
         """Those that hold matrices to round."""
@@ -192,29 +190,24 @@ class CalibratedLayer:
 
 
 class _Attention:
-    """What a layer's queries read of keys, and what its cache in the model's dtype holds, over a text of so many tokens."""
+    """What a layer's queries read of keys, and the largest that its cache in the model's dtype holds, over a text."""
 
-    def __init__(self, layer: PagedAttention, tokens: int, device: torch.device):
-        self.layer, self.stored = layer, (Measured(tokens), Measured(tokens))
+    def __init__(self, layer: PagedAttention, device: torch.device):
+        self.layer = layer
+        self.peaks = torch.zeros(2, layer.kv_heads, device=device)  # FP32, of keys and of values
         layer.query_gram = torch.zeros(layer.kv_heads, layer.head_dim, layer.head_dim, device=device)
 
-    def see(self, spans: Sequence[batch.Span]) -> None:
-        """The windows that the layer has just read."""
-        for span in spans:
-            blocks = slice(span.block_ids[0], span.block_ids[-1] + 1)
-            for name, measured in zip("kv", self.stored, strict=True):
-                measured.see(self.layer.cache.views[name][blocks].flatten(0, 1)[: len(span.token_ids)])
+    def see(self) -> None:
+        """What the layer has just read, and what its cache still holds of before."""
+        for peak, name in zip(self.peaks, "kv", strict=True):
+            held = self.layer.cache.views[name].nan_to_num(0.0, 0.0, 0.0)  # as an FP8 cache stores what is not finite
+            torch.maximum(peak, held.abs().amax((0, 1, 3)).float(), out=peak)
 
     def grams(self) -> Tensor:
-        """The sums of q q^T, FP32 [heads, D, D]. Queries are no longer summed."""
+        """The sums of q q^T, FP32 [heads, D, D], of which the upper triangles count. Queries are no longer summed."""
         assert self.layer.query_gram is not None
         grams, self.layer.query_gram = self.layer.query_gram, None
-        return torch.stack([symmetric(gram) for gram in grams])
-
-    def scales(self, grams: Tensor, *, by_head: bool) -> tuple[Tensor, Tensor]:
-        """Of keys and of values."""
-        keys, values = self.stored
-        return keys.scale(by_head=by_head, grams=grams), values.scale(by_head=by_head)
+        return grams
 
 
 class _Inputs:
@@ -234,14 +227,6 @@ class _Inputs:
         if self.hessian is None:
             self.hessian = torch.zeros(x.shape[1], x.shape[1], device=x.device)
         ops.add_gram(self.hessian, x)
-
-
-def _spans(windows: Sequence[Sequence[int]]) -> list[batch.Span]:
-    """Windows as requests, one behind the other in the cache; its first block is that of rows which pad a step."""
-    spans, first = [], 1
-    for window in windows:
-        spans.append(batch.Span(window, 0, range(first, first := first - len(window) // -BLOCK_SIZE)))
-    return spans
 
 
 def _parts(linear: Linear) -> list[str]:
