@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from octavo import ops
 from octavo.batch import ForwardBatch, Span, build
-from octavo.convert.cache_scales import SCALES, CacheScales, Measured
+from octavo.convert.cache_scales import SCALES, CacheScales, cache_scale
 from octavo.convert.compensated import compensated, forms, symmetric
 from octavo.convert.key_rounding import Rounding, key_rounding
 from octavo.convert.quantize_plan import Piece
@@ -116,22 +116,22 @@ class CalibratedLayer:
         """Rounds the layer's matrices, and its keys, by what reads them in `states`. Gives what it makes of each, unrounded."""
         modules = self._modules()
         inputs = {path: _Inputs() for path in modules}
-        attention = self._attention(sum(sum(batch.query_lens) for batch in batches))
+        places = places_of(cast("nn.Module", self.model))
+        attention = {path: _Attention(one, self.platform.device) for path, one in places if isinstance(one, PagedAttention)}
         handles = [modules[path].register_forward_pre_hook(one.see) for path, one in inputs.items()]
         try:
             after = []
             for batch, state in zip(batches, states, strict=True):
                 after.append(self.run(batch, state))
                 for seen in attention.values():
-                    seen.see(batch)
+                    seen.see()
         finally:
             for handle in handles:
                 handle.remove()
         for path, read in attention.items():
-            grams = read.grams()
-            self.key_rounding = key_rounding(grams)
+            self.key_rounding = key_rounding(read.grams())
             if self.scales is not None and path in self.scales.heads:
-                made = read.scales(grams, by_head=self.scales.by_head)
+                made = (cache_scale(peaks, by_head=self.scales.by_head) for peaks in read.peaks)
                 self.cache_scales = {f"{path}.{name}": scale for name, scale in zip(SCALES, made, strict=True)}
         for path, module in modules.items():
             given = inputs.pop(path)
@@ -140,11 +140,6 @@ class CalibratedLayer:
             elif given.hessian is not None:
                 self._linear(path, module, symmetric(given.hessian))
         return after
-
-    def _attention(self, tokens: int) -> dict[str, _Attention]:
-        """Those whose cache has keys and values, by their paths."""
-        places = places_of(cast("nn.Module", self.model))
-        return {path: _Attention(one, tokens, self.platform.device) for path, one in places if isinstance(one, PagedAttention)}
 
     def _modules(self) -> dict[str, Linear | Experts]:
         """Those that hold matrices to round."""
@@ -204,29 +199,24 @@ class CalibratedLayer:
 
 
 class _Attention:
-    """What a layer's queries read of keys, and what its cache in the model's dtype holds, over a text of so many tokens."""
+    """What a layer's queries read of keys, and the largest that its cache in the model's dtype holds, over a text."""
 
-    def __init__(self, layer: PagedAttention, tokens: int, device: torch.device):
-        self.layer, self.stored = layer, (Measured(tokens), Measured(tokens))
+    def __init__(self, layer: PagedAttention, device: torch.device):
+        self.layer = layer
+        self.peaks = torch.zeros(2, layer.kv_heads, device=device)  # FP32, of keys and of values
         layer.query_gram = torch.zeros(layer.kv_heads, layer.head_dim, layer.head_dim, device=device)
 
-    def see(self, batch: ForwardBatch) -> None:
-        """The windows that the layer has just read."""
-        for table, length in zip(batch.block_tables, batch.query_lens, strict=True):
-            blocks = table[: -(length // -BLOCK_SIZE)]
-            for name, measured in zip("kv", self.stored, strict=True):
-                measured.see(self.layer.cache.views[name][blocks].flatten(0, 1)[:length])
+    def see(self) -> None:
+        """What the layer has just read, and what its cache still holds of before."""
+        for peak, name in zip(self.peaks, "kv", strict=True):
+            held = self.layer.cache.views[name].nan_to_num(0.0, 0.0, 0.0)  # as an FP8 cache stores what is not finite
+            torch.maximum(peak, held.abs().amax((0, 1, 3)).float(), out=peak)
 
     def grams(self) -> Tensor:
-        """The sums of q q^T, FP32 [heads, D, D]. Queries are no longer summed."""
+        """The sums of q q^T, FP32 [heads, D, D], of which the upper triangles count. Queries are no longer summed."""
         assert self.layer.query_gram is not None
         grams, self.layer.query_gram = self.layer.query_gram, None
-        return torch.stack([symmetric(gram) for gram in grams])
-
-    def scales(self, grams: Tensor, *, by_head: bool) -> tuple[Tensor, Tensor]:
-        """Of keys and of values."""
-        keys, values = self.stored
-        return keys.scale(by_head=by_head, grams=grams), values.scale(by_head=by_head)
+        return grams
 
 
 class _Inputs:

@@ -14,9 +14,8 @@ from octavo.platform import FP8_MAX
 from octavo.quant.qtensor import expand_scale, scale_of, weight_amax
 from octavo.quant.scheme import BLOCK, Granularity
 
-__all__ = ["SEARCH_STEPS", "encode", "peaks", "round_to_codes", "search_errors", "searched_scale"]
+__all__ = ["SEARCH_STEPS", "encode", "peaks", "search_errors", "searched_scale"]
 
-SMALLEST_NORMAL = 2.0**-6  # of e4m3
 FP8 = torch.float8_e4m3fn
 # What `search_errors` multiplies absmax's scale by. 1 is among them, so that no search does worse; from 2 on the same
 # mantissas come again, with one exponent less.
@@ -58,17 +57,6 @@ def search_errors(values: Tensor, peak: Tensor, granularity: Granularity, weight
         tiles: Tensor = padded.unflatten(1, (-1, BLOCK))
         return tiles.sum(2)
     return errors.sum(1, keepdim=True) if granularity is Granularity.TENSOR else errors
-
-
-def round_to_codes(values: Tensor, work: Tensor) -> None:
-    """Rounds FP32 `values`, of at most 448, in place to what the nearest codes stand for. Overwrites `work`, of the same shape.
-
-    A value plus 1.5 * 2^(20 + e), e being its exponent, keeps the 3 bits after its leading one, rounded to nearest even as the
-    cast rounds; subnormal codes are as far apart as the smallest normal ones. Far faster than two casts.
-    """
-    torch.abs(values, out=work).clamp_min_(SMALLEST_NORMAL).view(torch.int32).bitwise_and_(0x7F800000)
-    work.mul_(1.5 * 2**20)
-    values.add_(work).sub_(work)
 
 
 def searched_scale(peak: Tensor, errors: Tensor) -> Tensor:
