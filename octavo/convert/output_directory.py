@@ -155,9 +155,15 @@ class OutputDirectory:
             )
 
     def finish(self, config: Mapping[str, Any], quantization: Mapping[str, Any]) -> None:
-        """Add what is not weights: copies of the other files, the index, and last config.json."""
+        """Add what is not weights: copies of the other files, the index, and last config.json.
+
+        How keys are rounded is of the model and not of its codes, so the source's goes along where no other was measured.
+        """
         for path in _other_files(self.source.directory):
             _copy(path, self.path / path.relative_to(self.source.directory))
+        rounding = self.source.directory / KEY_ROUNDING
+        if rounding.is_file() and not (self.path / KEY_ROUNDING).exists():
+            _copy(rounding, self.path / KEY_ROUNDING)
         weight_map = {tensor: name for name, file in self.files.items() for tensor in file.tensors}
         if set(self.files) != {"model.safetensors"}:
             total = sum(tensor.nbytes for file in self.files.values() for tensor in file.tensors.values())

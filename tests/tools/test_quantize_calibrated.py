@@ -242,6 +242,7 @@ FAULTS = {
     "tokens alone": (["--calibration-tokens", "4096"], ("--calibration-tokens", "--calibrate")),
     "few tokens": (["--calibrate", "--calibration-tokens", "100"], ("--calibration-tokens 100", "512")),
     "no file": (["--calibrate", "nothing.txt"], ("nothing.txt cannot be read",)),
+    "the model in its place": (["--calibrate", str(MODEL_DIR)], ("is a directory", "stands before --calibrate")),
     "no text": (["--calibrate", str(MODEL_DIR / "model.safetensors")], ("is not UTF-8 text",)),
     "short": (["--calibrate", str(MODEL_DIR / "generation_config.json")], ("fewer than one window of 512",)),
 }
