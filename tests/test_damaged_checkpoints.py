@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -200,6 +201,51 @@ NUMBERS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_head
 def test_sizes_beyond_any_model(model: Path, name: str, value: int) -> None:
     edit(model / "config.json", **{name: value})
     assert f"{name} is {value}, which no model has" in refused(model)
+
+
+@cases("value", [10**40, 10**400, 1e300, -1e-5, 0, float("inf"), float("nan")], ids=str)
+def test_numbers_that_no_kernel_takes(model: Path, value: float) -> None:
+    edit(model / "config.json", rms_norm_eps=value)
+    assert "rms_norm_eps must be a positive number" in refused(model)
+
+
+def test_a_config_without_a_model_type(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    del config["model_type"]
+    (model / "config.json").write_text(json.dumps(config))
+    assert "has no model_type" in refused(model)
+
+
+@cases("key", ["ignore", "modules_to_not_convert", "exclude", "exclude_modules", "targets"])
+@cases("listed", [5, 1.5, "lm_head", {"a": 1}, [5], [None], [["lm_head"]], [{"a": None}]], ids=str)
+def test_lists_of_modules_that_are_none(model: Path, key: str, listed: Any) -> None:
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    group = {"targets": ["Linear"], "weights": weights} | ({key: listed} if key == "targets" else {})
+    method = "fbgemm_fp8" if key == "modules_to_not_convert" else "compressed-tensors"
+    described = {"quant_method": method, "config_groups": {"a": group}} | ({} if key == "targets" else {key: listed})
+    edit(model / "config.json", quantization_config=described)
+    assert f"the quantization_config of '{method}' has a field of the wrong type" in refused(model)
+
+
+def without_roots_rights() -> None:
+    """In a new process: files that its user may not read are not read, though it be root (CAP_DAC_OVERRIDE and _READ_SEARCH
+    leave the bounding set)."""
+    for capability in (1, 2):
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
+
+
+def test_weights_that_may_not_be_read_or_are_not_there(model: Path) -> None:
+    (model / WEIGHTS).chmod(0)
+    program = f"from octavo.weights.checkpoint import Checkpoint; from pathlib import Path; Checkpoint(Path({str(model)!r}))"
+    read = [sys.executable, "-c", program]
+    told = subprocess.run(read, capture_output=True, text=True, timeout=SECONDS, preexec_fn=without_roots_rights)
+    assert told.stderr.splitlines()[-1].endswith(f"{WEIGHTS} cannot be read: Permission denied.")
+    (model / WEIGHTS).unlink()
+    (model / WEIGHTS).symlink_to("../gone")
+    assert f"{WEIGHTS} links to a file that is not there; download it" in refused(model, Checkpoint)
+    (model / WEIGHTS).unlink()
+    (model / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": WEIGHTS}}))
+    assert f"{WEIGHTS} is missing, but the checkpoint's index names it" in refused(model, Checkpoint)
 
 
 SERVE = [sys.executable, "-m", "octavo.cli", "serve", "--host", "127.0.0.1", "--port", "0", "--threads", "1"]

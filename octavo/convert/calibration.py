@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -125,7 +125,7 @@ class Stash:
             self.folder.mkdir(exist_ok=True)
             save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, partial, metadata)
             partial.replace(path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise write_error(error, path, sum(tensor.nbytes for tensor in tensors.values())) from None
 

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -68,7 +69,7 @@ class OutputDirectory:
                 self._marker.close()
                 raise
         except OSError as error:
-            raise write_error(error, self.path, 0) from None
+            raise write_error(error, self.path) from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -154,12 +155,15 @@ class OutputDirectory:
             )
 
     def finish(self, config: Mapping[str, Any], quantization: Mapping[str, Any]) -> None:
-        """Add what is not weights: copies of the other files, the index, and last config.json."""
-        try:
-            for path in _other_files(self.source.directory):
-                _copy(path, self.path / path.relative_to(self.source.directory))
-        except OSError as error:
-            raise write_error(error, Path(error.filename2 or error.filename or self.path), 0) from None
+        """Add what is not weights: copies of the other files, the index, and last config.json.
+
+        How keys are rounded is of the model and not of its codes, so the source's goes along where no other was measured.
+        """
+        for path in _other_files(self.source.directory):
+            _copy(path, self.path / path.relative_to(self.source.directory))
+        rounding = self.source.directory / KEY_ROUNDING
+        if rounding.is_file() and not (self.path / KEY_ROUNDING).exists():
+            _copy(rounding, self.path / KEY_ROUNDING)
         weight_map = {tensor: name for name, file in self.files.items() for tensor in file.tensors}
         if set(self.files) != {"model.safetensors"}:
             total = sum(tensor.nbytes for file in self.files.values() for tensor in file.tensors.values())
@@ -177,7 +181,7 @@ class OutputDirectory:
                 finally:
                     os.close(descriptor)
             except OSError as error:
-                raise write_error(error, place, 0) from None
+                raise write_error(error, place) from None
 
 
 def _boot() -> str:
@@ -213,7 +217,19 @@ def _other_files(directory: Path) -> Iterator[Path]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Raises OctavoError that says which of the two is at fault."""
+    try:
+        found = source.stat()
+        if not stat.S_ISREG(found.st_mode):  # to open a pipe would wait for ever
+            raise OctavoError(f"{source} is no file, so it cannot be copied; move it elsewhere.")
+        with open(source, "rb"):
+            pass
+    except OSError as error:
+        raise OctavoError(f"{source} cannot be read: {error.strerror}.") from None
     partial = target.with_name(target.name + ".partial")
-    shutil.copyfile(source, partial)
-    partial.replace(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, partial)
+        partial.replace(target)
+    except OSError as error:
+        raise write_error(error, target, found.st_size) from None

@@ -10,11 +10,13 @@ import errno
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from octavo.errors import OctavoError
@@ -89,12 +91,21 @@ class OutputFile:
             self.partial.unlink(missing_ok=True)
 
 
-def write_error(error: OSError, path: Path, nbytes: int) -> OctavoError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OctavoError(
-            f"the disk is full: {path} needs {nbytes:,} bytes; free them and run the same command again, which continues."
-        )
-    return OctavoError(f"{path} cannot be written: {error.strerror}.")
+def write_error(error: OSError | SafetensorError, path: Path, nbytes: int = 0) -> OctavoError:
+    """What a person is told of `path`, which takes so many bytes, or a few that nobody has counted (0)."""
+    number = _number(error)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        needs, them = (f" needs {nbytes:,} bytes", "them") if nbytes else (" cannot be written", "some space")
+        return OctavoError(f"the disk is full: {path}{needs}; free {them} and run the same command again, which continues.")
+    return OctavoError(f"{path} cannot be written: {os.strerror(number) if number else error}.")
+
+
+def _number(error: OSError | SafetensorError) -> int | None:
+    """The system's errno; safetensors' own exception has it in its text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def write_json(path: Path, value: Any) -> None:

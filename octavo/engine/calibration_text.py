@@ -25,6 +25,11 @@ def calibration_windows(model: Path, text: str, tokens: int) -> list[list[int]]:
     if tokens < WINDOW:
         raise OctavoError(f"--calibration-tokens {tokens} is less than one window of {WINDOW}; use at least that.")
     path = DEFAULT if text == "default" else Path(text)
+    if path.is_dir():
+        raise OctavoError(
+            f"--calibrate {path} is a directory, not a text; where it is the model, it stands before --calibrate, which takes "
+            "the word behind it."
+        )
     try:
         written = path.read_text("utf-8")
     except OSError as error:

@@ -66,9 +66,9 @@ class ModelLifecycle:
         self.json_config = read_config(self.directory)
         json_config = overridden(self.json_config, cast("dict[str, Any] | None", config.hf_overrides))
         check_format(json_config, self.directory)
-        self.model_type: str = json_config["model_type"]
         self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
         self.model, self.limits = make_model(json_config, tp, config, self.platform, self.dtype)
+        self.model_type: str = json_config["model_type"]  # which the model was made by
         self.vocabulary = Vocabulary(self.limits.vocab_size, tp)
         self.pipeline = Pipeline(self.model, tp, place.pulse, ahead=not cpu)
         self.pipeline.connect()

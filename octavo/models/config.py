@@ -15,6 +15,7 @@ from octavo.layers.rope import longest_context, rope_parameters
 __all__ = ["ConfigBase", "check_experts", "check_fields", "expert_activations", "part_of"]
 
 LARGEST = 1 << 31  # upper bound of any size
+MOST = 1 << 127  # of any other number: kernels take them in FP32
 _MAX_SIZES = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1 << 14) | {
     "num_hidden_layers": 4096
 }  # far more than any model has: larger numbers would take minutes before the checkpoint could contradict them
@@ -127,14 +128,14 @@ def check_fields(
             continue
         value, kind = values[field.name], _plain(hints[field.name])
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            values[field.name] = float(value)
+            values[field.name] = float(value) if abs(value) < MOST else math.inf
         elif kind is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
             raise OctavoError(f"config.json: {name} must be of type {kind.__name__}, not {value!r}.")
         elif kind is int and value > _MAX_SIZES.get(field.name, LARGEST):
             raise OctavoError(f"config.json: {name} is {value}, which no model has.")
         elif kind is int and value < (0 if field.name in may_be_zero else 1):
             raise OctavoError(f"config.json: {name} must be positive, not {value}.")
-        if kind is float and not (math.isfinite(values[field.name]) and values[field.name] > 0):
+        if kind is float and not 0 < values[field.name] < MOST:
             raise OctavoError(f"config.json: {name} must be a positive number, not {value}.")
 
 

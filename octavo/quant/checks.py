@@ -15,8 +15,9 @@ from octavo.errors import OctavoError
 from octavo.files import read_json
 from octavo.quant.scheme import BLOCK
 
-__all__ = ["cache_format_said", "check_format", "quantization_configs"]
+__all__ = ["EXCLUDING", "cache_format_said", "check_format", "quantization_configs"]
 
+EXCLUDING = ("modules_to_not_convert", "ignore", "exclude", "exclude_modules")  # lists of modules that stay as they were
 READ = ("fp8", "compressed-tensors", "modelopt", "quark", "fbgemm_fp8")
 
 
@@ -57,13 +58,14 @@ def check_format(config: Mapping[str, Any], directory: Path | None = None) -> No
         checks = {"fp8": _hf_fp8, "compressed-tensors": _compressed_tensors, "modelopt": _modelopt, "quark": _quark}
         if method not in READ:
             raise _unread(f"quantized with '{method}'")
-        if method in checks:
-            try:
+        try:
+            _check_lists(entry)
+            if method in checks:
                 checks[method](entry)
-            except (AttributeError, LookupError, TypeError):
-                raise OctavoError(
-                    f"config.json: the quantization_config of '{method}' has a field of the wrong type; download it again."
-                ) from None
+        except (AttributeError, LookupError, TypeError):
+            raise OctavoError(
+                f"config.json: the quantization_config of '{method}' has a field of the wrong type; download it again."
+            ) from None
 
 
 def cache_format_said(config: Mapping[str, Any], directory: Path | None = None) -> str:
@@ -82,6 +84,15 @@ def _unread(what: str) -> OctavoError:
         f"this checkpoint is {what}, which Octavo does not read; it reads BF16, FP8 of {', '.join(READ)}, "
         "and compressed-tensors INT4, so use one of those."
     )
+
+
+def _check_lists(entry: Mapping[str, Any]) -> None:
+    """Raises TypeError for names of modules that are no list of strings."""
+    groups = entry.get("config_groups")
+    targets = [group.get("targets") for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    for listed in (*map(entry.get, EXCLUDING), *targets):
+        if listed is not None and not (isinstance(listed, list) and all(isinstance(name, str) for name in listed)):
+            raise TypeError
 
 
 def _hf_fp8(entry: Mapping[str, Any]) -> None:

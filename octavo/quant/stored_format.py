@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import OctavoError
-from octavo.quant.checks import quantization_configs
+from octavo.quant.checks import EXCLUDING, quantization_configs
 from octavo.quant.qtensor import scale_shape
 from octavo.quant.rules import QuantRules
 from octavo.quant.scheme import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme
@@ -62,8 +62,7 @@ def left_out(config: Mapping[str, Any], module: str) -> bool:
 
 def _listed(entry: Mapping[str, Any]) -> tuple[str, ...]:
     """The modules that an entry excludes, by name, glob or re:."""
-    keys = ("modules_to_not_convert", "ignore", "exclude", "exclude_modules")
-    return tuple(pattern for key in keys for pattern in entry.get(key) or () if _compiles(pattern))
+    return tuple(pattern for key in EXCLUDING for pattern in entry.get(key) or () if _compiles(pattern))
 
 
 def stored_format_of(config: Mapping[str, Any], directory: Path | None = None) -> StoredFormat | None:

@@ -6,7 +6,6 @@ and the data (https://huggingface.co/docs/safetensors).
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Collection, Mapping, Sequence
@@ -18,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from octavo.errors import OctavoError
-from octavo.files import INDEX, check_regular, read_json, unread_weights
+from octavo.files import INDEX, read_json, unread_weights
 from octavo.platform import Platform
 from octavo.quant.formats import COMPANIONS, WHOLE, Shard
 from octavo.quant.stored_format import StoredFormat, left_out, stored_format_of
@@ -30,7 +29,7 @@ from octavo.weights.finite import FiniteCheck
 from octavo.weights.fused import unfused
 from octavo.weights.names import as_published
 from octavo.weights.stacked_experts import one_by_one
-from octavo.weights.stored_tensor import DTYPES, StoredTensor
+from octavo.weights.stored_tensor import DTYPES, StoredTensor, read_header
 
 __all__ = ["DTYPES", "INDEX", "Checkpoint", "RowReader", "Rows", "Scratch", "StoredTensor", "bytes_of"]
 
@@ -59,7 +58,7 @@ class Checkpoint:
             why = f"and holds {other}" if (other := unread_weights(directory)) else "and Octavo reads no other weight format"
             raise OctavoError(f"{directory} has no .safetensors files, {why}; take the model's safetensors files.")
         files = {str(path.relative_to(directory)): path for path in paths}
-        stored = {tensor.name: tensor for file, path in files.items() for tensor in _read_header(path, file)}
+        stored = {tensor.name: tensor for file, path in files.items() for tensor in read_header(path, file)}
         absent = sorted(set(weight_map) - set(stored))
         config = read_json(directory / "config.json") or {}
         named, changes = as_published(stored, config)
@@ -215,26 +214,6 @@ def _inside(directory: Path, name: str, index: Path) -> Path:
     if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name or not Path(name).parts:
         raise OctavoError(f"{index} names the file {name!r}, which is not in the checkpoint's directory; download it again.")
     return directory / name
-
-
-def _read_header(path: Path, file: str) -> list[StoredTensor]:
-    """The header entries of a file, in the order of their data."""
-    check_regular(path)
-    try:
-        with safe_open(path, framework="pt"), open(path, "rb") as opened:  # safetensors validates the header
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
-    except FileNotFoundError:
-        raise OctavoError(f"{path} is missing, but the checkpoint's index names it; download it.") from None
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise OctavoError(f"{path} is truncated or corrupt ({error}); download it again.") from None
-    header.pop("__metadata__", None)
-    places = [
-        StoredTensor(name, e["dtype"], tuple(e["shape"]), file, 8 + length + e["data_offsets"][0],
-                     e["data_offsets"][1] - e["data_offsets"][0])
-        for name, e in header.items()
-    ]  # fmt: skip
-    return sorted(places, key=lambda tensor: tensor.start)
 
 
 class Scratch:

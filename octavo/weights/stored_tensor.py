@@ -1,14 +1,18 @@
-"""A tensor's entry in a safetensors header, and the location of one expert's matrix within a stacked tensor."""
+"""The header of a safetensors file: a tensor's entry in it, and the location of one expert's matrix within a stacked tensor."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from octavo.errors import OctavoError
+from octavo.files import check_regular
 
-__all__ = ["DTYPES", "Slab", "StoredTensor"]
+__all__ = ["DTYPES", "Slab", "StoredTensor", "read_header"]
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -66,3 +70,29 @@ class StoredTensor:
         row = self.nbytes // self.shape[0]
         shape, start = (self.slab.columns, self.slab.rows), self.start - self.slab.first * row
         return replace(self, shape=shape, start=start, nbytes=self.slab.rows * row, slab=None)
+
+
+def read_header(path: Path, file: str) -> list[StoredTensor]:
+    """The header entries of the file at `path`, which the checkpoint calls `file`, in the order of their data.
+
+    Raises OctavoError, one sentence, for a file that is not there, cannot be read, or is damaged.
+    """
+    check_regular(path)
+    try:
+        with open(path, "rb") as opened, safe_open(path, framework="pt"):  # safetensors validates the header
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+    except FileNotFoundError:
+        what = "links to a file that is not there" if path.is_symlink() else "is missing, but the checkpoint's index names it"
+        raise OctavoError(f"{path} {what}; download it.") from None
+    except PermissionError as error:
+        raise OctavoError(f"{path} cannot be read: {error.strerror}.") from None
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise OctavoError(f"{path} is truncated or corrupt ({error}); download it again.") from None
+    header.pop("__metadata__", None)
+    places = [
+        StoredTensor(name, e["dtype"], tuple(e["shape"]), file, 8 + length + e["data_offsets"][0],
+                     e["data_offsets"][1] - e["data_offsets"][0])
+        for name, e in header.items()
+    ]  # fmt: skip
+    return sorted(places, key=lambda tensor: tensor.start)

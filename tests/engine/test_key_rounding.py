@@ -29,7 +29,9 @@ from octavo.errors import OctavoError
 from octavo.files import KEY_ROUNDING
 from octavo.models import read_config
 from octavo.platform import detect
+from octavo.quant import SCHEMES, QuantRules
 from octavo.text.tokenizer import Tokenizer
+from octavo.tools.quantize.quantize import quantize_checkpoint
 
 OPTIONS: dict[str, Any] = dict(kv_cache_dtype="fp8", kv_cache_rounding="calibrated")
 
@@ -173,6 +175,18 @@ def test_what_is_refused(tiny: list[str], tmp_path: Path) -> None:
         with pytest.raises(OctavoError, match=sentence) as caught:
             core_of(str(path), **options)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "ptpc_fp8"])
+def test_a_checkpoint_made_of_one_that_has_it_has_it_too(tiny: list[str], scheme: str, tmp_path: Path) -> None:
+    """Written by `octavo quantize`, and by a start: keys are rounded the same whatever codes the weights have."""
+    made, saved = tmp_path / "made", tmp_path / "saved"
+    quantize_checkpoint(Path(tiny[0]), made, QuantRules(SCHEMES[scheme]), threads=1, say=lambda line: None)
+    found = tokens_of(core_of(str(made)))
+    assert (made / KEY_ROUNDING).read_bytes() == (Path(tiny[0]) / KEY_ROUNDING).read_bytes()
+    assert found == tokens_of(core_of(tiny[0], quantization=scheme, save_quantized=str(saved)))
+    assert found == tokens_of(core_of(tiny[0], quantization=scheme, save_quantized=str(saved)))  # from what is there
+    assert found != tokens_of(core_of(str(made), kv_cache_rounding="nearest"))
 
 
 def test_values_that_no_calibration_writes_are_refused(tiny: list[str], tmp_path: Path) -> None:

@@ -461,6 +461,31 @@ def test_a_full_disk(large: Path, small_disk: Path, tmp_path: Path, monkeypatch:
     assert files_of(out) == files_of(tmp_path / "whole")
 
 
+def test_files_beside_the_weights_that_cannot_be_copied(
+    checkpoint: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sentence is of the file that is at fault, and the same command continues."""
+    out, beside = tmp_path / "out", checkpoint / "notes.txt"
+    os.mkfifo(beside)
+    with pytest.raises(OctavoError, match=r"notes\.txt is no file, so it cannot be copied"):
+        run(checkpoint, out)
+    beside.unlink()
+    beside.symlink_to(tmp_path / "gone")
+    with pytest.raises(OctavoError, match=f"{beside} cannot be read: No such file"):
+        run(checkpoint, out)
+    beside.unlink()
+    run(checkpoint, out)
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1 << 40))
+    beside.write_bytes(bytes(1 << 20))
+    with pytest.raises(OctavoError) as raised:
+        run(checkpoint, small_disk / "out")
+    assert_sentence(raised.value, "the disk is full", "out/notes.txt needs 1,048,576 bytes", "continues")
+    beside.unlink()
+    run(checkpoint, small_disk / "out")
+    assert files_of(small_disk / "out") == files_of(out)
+
+
 # --- what cannot be done ----------------------------------------------------------------
 
 

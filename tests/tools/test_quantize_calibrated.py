@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from cases import cases
 from conftest import LoadModel, relative_error
 from models.test_mla_checkpoints import wide
 from models.test_moe_quantized import in_bytes, tiny
-from tools.test_quantize import assert_sentence, files_of, llama, run, schemes, tensors_of
+from tools.test_quantize import assert_sentence, files_of, llama, run, schemes, small_disk, tensors_of  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM
 
 from octavo.cli import main
@@ -167,6 +168,17 @@ def test_a_stopped_run_is_continued(family: str, at: str, tmp_path: Path, monkey
     assert_sentence(raised.value, "other settings", "'calibration'")
 
 
+def test_a_disk_that_fills_up_while_layers_are_calibrated(tmp_path: Path, small_disk: Path) -> None:  # noqa: F811
+    model, out = llama(tmp_path / "model", num_hidden_layers=2), small_disk / "out"
+    with pytest.raises(OctavoError) as raised:
+        calibrated(model, out, windows=windows(100))  # what the second layer reads takes 1.6 MB
+    assert_sentence(raised.value, "the disk is full", "state-0001.safetensors needs 1,6", "continues")
+    subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
+    calibrated(model, out, windows=windows(100))
+    calibrated(model, tmp_path / "whole", windows=windows(100))
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
 def test_what_is_stored_in_codes_and_what_no_text_reads_stay_plain(tmp_path: Path) -> None:
     """What is told counts the others."""
     model = llama(tmp_path / "model", num_hidden_layers=1)
@@ -239,6 +251,7 @@ FAULTS = {
     "tokens alone": (["--calibration-tokens", "4096"], ("--calibration-tokens", "--calibrate")),
     "few tokens": (["--calibrate", "--calibration-tokens", "100"], ("--calibration-tokens 100", "512")),
     "no file": (["--calibrate", "nothing.txt"], ("nothing.txt cannot be read",)),
+    "the model in its place": (["--calibrate", str(MODEL_DIR)], ("is a directory", "stands before --calibrate")),
     "no text": (["--calibrate", str(MODEL_DIR / "model.safetensors")], ("is not UTF-8 text",)),
     "short": (["--calibrate", str(MODEL_DIR / "generation_config.json")], ("fewer than one window of 512",)),
 }
