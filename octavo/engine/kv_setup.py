@@ -94,8 +94,8 @@ def cache_format(specs: Sequence[KVCacheSpec], kv_cache_dtype: str) -> str:
 
 
 def check_kv_scales(model: Model, config: EngineConfig, json_config: Mapping[str, Any]) -> None:
-    """Raises OctavoError where --calculate-kv-scales or --kv-cache-rounding asks for what the model's caches do not have, and
-    where the checkpoint's scales are for another format: such of FP4 would clip most of the values of FP8."""
+    """Raises OctavoError where --calculate-kv-scales or --kv-cache-rounding asks for what the model's caches or the checkpoint
+    do not have, and where the checkpoint's scales are for another format: such of FP4 would clip most of the values of FP8."""
     directory, scaled = Path(config.model), hasattr(model, "kv_scales")
     said = cache_format_said(json_config, directory if directory.is_dir() else None)  # a plan may have a config.json alone
     if said not in ("", "FP8") and scaled and config.kv_cache_dtype in SCALED and not config.calculate_kv_scales:
@@ -115,6 +115,10 @@ def check_kv_scales(model: Model, config: EngineConfig, json_config: Mapping[str
             f"--kv-cache-rounding calibrated is for an FP8 cache with one scale a layer or head, not for --kv-cache-dtype "
             f"{config.kv_cache_dtype}; use fp8, or leave it out."
         )
+    if config.kv_cache_rounding == "calibrated" and config.calibrate is None and directory.is_dir():
+        places = [Path(place) for place in (config.save_quantized, config.model) if place]
+        if not any((place / KEY_ROUNDING).exists() for place in places):
+            read_key_rounding(directory, range(0))  # says so, before minutes are spent on the weights
 
 
 def set_key_rounding(model: Model, config: EngineConfig, directory: Path, *, check_only: bool) -> list[str]:

@@ -21,6 +21,7 @@ from octavo.config import EngineConfig
 from octavo.convert.calibrated_layer import CalibratedLayer, together
 from octavo.convert.key_rounding import key_rounding, read_key_rounding, write_key_rounding
 from octavo.demo import HELDOUT, MODEL_DIR
+from octavo.engine import runner
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.calibration_text import calibration_windows
 from octavo.engine.core import EngineCore
@@ -158,7 +159,7 @@ def test_layers_in_another_dtype_are_not_rounded(tiny: list[str]) -> None:
     assert [layer.cache.key_rounding is None for layer in layers] == [True] + [False] * (len(layers) - 1)
 
 
-def test_what_is_refused(tiny: list[str], tmp_path: Path) -> None:
+def test_what_is_refused(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = shutil.copytree(tiny[0], tmp_path / "bare", ignore=shutil.ignore_patterns(KEY_ROUNDING))
     torn, other = (shutil.copytree(tiny[0], tmp_path / name) for name in ("torn", "other"))
     (torn / KEY_ROUNDING).write_bytes((torn / KEY_ROUNDING).read_bytes()[:-9])
@@ -175,6 +176,9 @@ def test_what_is_refused(tiny: list[str], tmp_path: Path) -> None:
         with pytest.raises(OctavoError, match=sentence) as caught:
             core_of(str(path), **options)
         assert "\n" not in str(caught.value)
+    monkeypatch.setattr(runner, "load_model", lambda *_: pytest.fail("weights were read first"))
+    with pytest.raises(OctavoError, match=faults[0][2]):
+        core_of(str(bare))
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "ptpc_fp8"])

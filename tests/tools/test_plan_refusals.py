@@ -79,6 +79,9 @@ WRONG: dict[str, tuple[dict[str, Any], Tensors | None, list[str], str]] = {
     "no scheme for the head": ({}, llama_tensors(), ["--quantize-lm-head"], "needs a scheme"),
     "a pattern for nothing": ({}, None, ["-q", "fp8", "--quantization-ignore", "nothing"], "'nothing' matches no layer"),
     "no expression": ({}, None, ["-q", "fp8", "--quantization-ignore", "re:("], "is not a regular expression"),
+    "no rounding of keys": (
+        {}, llama_tensors(), ["--kv-cache-dtype", "fp8", "--kv-cache-rounding", "calibrated"], "needs key_rounding.octavo",
+    ),
     "no room": ({}, None, ["--max-model-len", "2048", "--cpu-kv-cache-gib", "0.0001"], "lower --max-model-len"),
 }  # fmt: skip
 
@@ -107,6 +110,15 @@ def test_what_the_engine_refuses(what: str, tmp_path: Path) -> None:
     assert part in sentence
     assert sentence.endswith((".", "?"))
     assert sentence in planned(*line)
+
+
+def test_the_cache_that_is_chosen_is_what_counts(tmp_path: Path) -> None:
+    """Where none was asked for, the plan's command has one."""
+    line = ["Llama-3.1-8B", "--accelerator", "h200", "--kv-cache-rounding", "calibrated"]
+    assert plan_of(*line).asked.variant.kv == "fp8_e4m3"
+    assert planned(*line) == []
+    (sentence,) = planned(*line, "--kv-cache-dtype", "fp8_per_token_head")
+    assert "is for an FP8 cache with one scale a layer or head, not for --kv-cache-dtype fp8_per_token_head" in sentence
 
 
 def test_a_quantization_config_of_its_own_file(tmp_path: Path) -> None:

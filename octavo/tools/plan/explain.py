@@ -6,7 +6,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 from octavo.demo import MODEL_DIR
@@ -101,7 +101,8 @@ def refusals(plan: Plan) -> list[str]:
     """Why the command would not run, a sentence each, in the engine's words where the engine would say it."""
     q, asked, subject = plan.question, plan.asked, plan.question.subject
     unserved = refusal(lambda: architecture(subject.source.config))
-    of_cache = refusal(lambda: check_kv_scales(subject.model(1), q.config, subject.source.config)) if not unserved else None
+    config = replace(q.config, kv_cache_dtype=asked.variant.kv)
+    of_cache = refusal(lambda: check_kv_scales(subject.model(1), config, subject.source.config)) if not unserved else None
     out = [q.on.refusal, subject.source.refused, unserved or of_cache]
     if q.config.quantize_lm_head and asked.variant.scheme == "bf16":
         out.append(refusal(subject.head_scheme))
