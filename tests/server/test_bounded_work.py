@@ -170,7 +170,7 @@ def test_the_loop_goes_on_while_a_long_prompt_s_logprobs_are_told(
     told = first if path == CHAT else first["choices"][0]
     values = told["prompt_logprobs"] if "prompt_logprobs" in told else told["logprobs"]["top_logprobs"][: len(prompt)]
     assert (len(values), values[0], len(values[-1])) == (len(prompt), None, 21)
-    assert pause < 0.4
+    assert pause < 1.0  # it was 3 s
 
 
 def test_an_error_is_one_short_line(client: Client) -> None:
