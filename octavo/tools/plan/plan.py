@@ -25,6 +25,7 @@ __all__ = ["add_arguments", "as_json", "make_plan", "run"]
 
 SAID_ELSEWHERE = ("model", "quantization", "kv_cache_dtype", "tensor_parallel_size", "pipeline_parallel_size", "device")
 HOST_LINK = 50.0
+MOST = 4096  # accelerators of a host, and hosts: each number of ranks is tried
 WIDTH = 100  # columns that the tables are made for
 
 
@@ -66,8 +67,10 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
 def make_plan(args: argparse.Namespace, config: EngineConfig, given: Container[str]) -> Plan:
     """The plan for the command line's words. Raises OctavoError for what cannot be planned at all."""
     for name in ("num_accelerators", "num_hosts", "host_link", "context", "requests"):
-        if (value := getattr(args, name)) is not None and value <= 0:
+        if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
             raise OctavoError(f"--{name.replace('_', '-')} must be positive, not {value}.")
+        if name.startswith("num_") and value is not None and value > MOST:
+            raise OctavoError(f"--{name.replace('_', '-')} must be at most {MOST}, not {value}.")
     if args.host_link is not None and args.num_hosts == 1:
         raise OctavoError("--host-link is for --num-hosts above 1; leave it out, or say how many hosts there are.")
     source = find_source(
