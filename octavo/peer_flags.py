@@ -185,7 +185,7 @@ _SO = """
 --interleave-mm-strings on | images always stand where the message has them
 --decode-context-parallel-size -dcp --prefill-context-parallel-size -pcp =1 | each rank has the whole context; split layers \
 with --tensor-parallel-size
---data-parallel-backend -dpb =mp | engines are processes of one machine; leave it out
+--data-parallel-backend -dpb =mp | engines are where --distributed-executor-backend puts their ranks; leave it out
 --task =generate,auto | Octavo generates text, and serves no embeddings, scores or transcriptions
 --runner =generate,auto | Octavo generates text, and serves no embeddings, scores or transcriptions
 --convert =none,auto | Octavo generates text, and serves no embeddings, scores or transcriptions
@@ -220,18 +220,19 @@ there is no speculative decoding; leave it out
 --kv-transfer-config --kv-events-config --ec-transfer-config --weight-transfer-config = | caches are not sent between \
 servers; leave it out
 --data-parallel-rank -dpn --data-parallel-start-rank -dpr --data-parallel-size-local -dpl --data-parallel-address -dpa = | \
-all engines run on one machine; --data-parallel-size there starts them all
---data-parallel-hybrid-lb --data-parallel-external-lb --data-parallel-multi-port-external-lb | all engines run on \
-one machine; --data-parallel-size there starts them all
+one command starts all engines by --data-parallel-size, on its machine or, with --distributed-executor-backend ray, a cluster
+--data-parallel-hybrid-lb --data-parallel-external-lb --data-parallel-multi-port-external-lb | one command starts all engines \
+by --data-parallel-size, and shares requests out
 --data-parallel-supervisor-port --dp-supervisor-probe-interval-s --dp-supervisor-probe-timeout-s \
---dp-supervisor-probe-failure-threshold = | all engines run on one machine, and a rank that \
+--dp-supervisor-probe-failure-threshold = | one command starts and watches all engines, and a rank that \
 hangs ends its engine (--engine-timeout)
 --enable-elastic-ep | the number of ranks is that of the start
 --enable-return-routed-experts | answers do not say which experts computed them
 --reasoning-config = | thinking has no budget of its own; max_completion_tokens is for the whole answer
 --fingerprint-mode --fingerprint-value = | there is no such setting of system_fingerprint
 --grpc --tokens-only | Octavo speaks HTTP with OpenAI's API alone
---worker-use-ray --engine-use-ray --ray-workers-use-nsight | ranks are processes of one machine, without Ray
+--worker-use-ray --engine-use-ray | --distributed-executor-backend ray makes ranks actors of a Ray cluster; give that
+--ray-workers-use-nsight | ranks are not profiled; use octavo bench profile
 --worker-extension-cls --scheduler-cls --logits-processor-pattern --io-processor-plugin --tool-parser-plugin \
 --reasoning-parser-plugin = | no code but Octavo's own is run
 --logits-processors * | no code but Octavo's own is run; requests may send logit_bias, allowed_token_ids and bad_words
