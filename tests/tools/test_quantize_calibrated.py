@@ -233,7 +233,7 @@ def test_the_command_on_the_demo_model(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(losses(said)) == 6
     assert re.fullmatch(r"mean output error .* [\d.]+% rounded plainly, [\d.]+% calibrated", said[-4])
     assert said[-3] == "42 of 42 matrices calibrated by 4,096 tokens"
-    assert said[-2].startswith("KV scales of each layer, which --kv-cache-dtype fp8 uses: keys 0.0")
+    assert said[-2].startswith("KV scales of each layer, which --kv-cache-dtype fp8 uses: keys 0.")
     text = HELDOUT.read_text("utf-8")
     lines = {line for line in text.splitlines() if len(line) > 60}
     assert not lines & set(DEFAULT.read_text("utf-8").splitlines())
