@@ -21,7 +21,7 @@ from octavo.config import EngineConfig
 from octavo.convert.calibrated_layer import CalibratedLayer, together
 from octavo.convert.key_rounding import key_rounding, read_key_rounding, write_key_rounding
 from octavo.demo import HELDOUT, MODEL_DIR
-from octavo.engine import runner
+from octavo.engine import model_lifecycle
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.calibration_text import calibration_windows
 from octavo.engine.core import EngineCore
@@ -176,7 +176,7 @@ def test_what_is_refused(tiny: list[str], tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(OctavoError, match=sentence) as caught:
             core_of(str(path), **options)
         assert "\n" not in str(caught.value)
-    monkeypatch.setattr(runner, "load_model", lambda *_: pytest.fail("weights were read first"))
+    monkeypatch.setattr(model_lifecycle, "load_model", lambda *_: pytest.fail("weights were read first"))
     with pytest.raises(OctavoError, match=faults[0][2]):
         core_of(str(bare))
 
