@@ -23,7 +23,7 @@ from octavo.server.serve import loop_factory
 from octavo.tools.bench.workloads import GREEDY, Workload, prompts
 from octavo.tools.client_headers import client_headers
 
-__all__ = ["Server", "bench"]
+__all__ = ["Server", "bench", "measure"]
 
 VOCABULARY = 1000  # token ids are below this; every vocabulary is larger, and the ids do not change the work
 EVENT = b"data: {"
@@ -175,8 +175,8 @@ def bench(
     for w in workloads:
         together = min(w.num_requests, most or w.num_requests)
         short = replace(w, num_requests=together, input_len=min(32, w.input_len), output_len=min(8, w.output_len))
-        _run(server, short, together, f"warm-up {fresh}")
-        runs = [_run(server, w, together, f"{fresh} {r}") for r in range(repeats)]
+        measure(server, short, together, f"warm-up {fresh}")
+        runs = [measure(server, w, together, f"{fresh} {r}") for r in range(repeats)]
         best = min(runs, key=lambda figures: figures["wall_s"])
         best["walls_s"] = [figures["wall_s"] for figures in runs]
         best["of_offline"] = best["out_tok_s"] / offline[w.name]["out_tok_s"] if w.name in offline else None
@@ -184,7 +184,9 @@ def bench(
     return found
 
 
-def _run(server: Server, w: Workload, together: int, seed: str) -> dict[str, Any]:
+def measure(server: Server, w: Workload, together: int, seed: str) -> dict[str, Any]:
+    """The figures of one run of a workload with at most `together` streams at a time. Raises OctavoError where a request is
+    refused or cut short."""
     requests = [server.request(ids, w) for ids in prompts(w, VOCABULARY, seed)]
     try:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
