@@ -128,7 +128,7 @@ def test_the_whole_is_one_mlp_an_expert(shape: Shape, scheme: Scheme) -> None:
         else:
             # a last bit of an activation may change its code, which is a sixteenth of it: of many, where products are BF16
             exact = on.is_cpu and on.widened_dtype is not torch.bfloat16
-            most = 1e-6 if on.is_cpu and not scheme.quantized else 1e-2 if exact else 5e-2 if on.is_cpu else 2e-2
+            most = 1e-6 if on.is_cpu and not scheme.quantized else 1e-2 if exact else 5e-2 if on.is_cpu else 3e-2
             assert relative_error(y, expected) < most, routing
 
 
