@@ -21,7 +21,6 @@ from octavo.engine.kv_setup import cache_specs, check_kv_scales, set_key_roundin
 from octavo.engine.memory import check_weights, gib, length_held
 from octavo.engine.pipeline import check_pipeline
 from octavo.errors import OctavoError
-from octavo.host import release
 from octavo.messages import Progress
 from octavo.models import build_model, number_of_layers, read_config
 from octavo.models.interface import Limits, Model
@@ -98,7 +97,7 @@ def load_model(
     loader.report.notes.extend(set_key_rounding(model, config, directory, check_only=put is rehearse))
     if peak is not None:
         loader.report.note(peak.describe())
-    release()
+    platform.release()  # what loading held beside the weights is the cache's
     seconds = time.perf_counter() - began
     if isinstance(source, SafetensorsSource):
         read = source.bytes_read

@@ -41,8 +41,7 @@ class FusedLM(CausalLM):
         return DenseDecoder(self.config, self.tp, layers)
 
     def fuse(self, platform: Platform) -> None:
-        carried = any(layer.cache.key_rounding is not None for layer in self.attention_layers())
-        self.model.fused = ops.fuse(ops.CARRIED if carried else self.parts(), platform)
+        self.model.fused = ops.fuse(self.parts(), platform)
 
     def unfuse(self) -> None:
         self.model.fused = None

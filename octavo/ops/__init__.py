@@ -22,7 +22,7 @@ from octavo.kvcache import LayerCache
 from octavo.ops import ahead, reference, reference_latent
 from octavo.ops.bound import bound as _bound
 from octavo.ops.bound import bound_for
-from octavo.ops.cache_writes import CARRIED, rope_write_kv, round_keys, write_kv
+from octavo.ops.cache_writes import CARRIED, composed_rope_write_rounded_kv, rope_write_kv, round_keys, write_kv
 from octavo.ops.contract import (
     FEW_TOKENS,
     LATENT_SCRATCH,
@@ -71,7 +71,7 @@ from octavo.platform import Platform
 from octavo.quant import QTensor
 
 __all__ = [
-    "CARRIED", "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "DenseParts", "Dispatch", "ExpertLayerParts",
+    "LATENT_SCRATCH", "Activation", "CodeFormat", "DecoderParts", "DenseParts", "Dispatch", "ExpertLayerParts",
     "Filters", "FusedDecoder", "HeadNorms", "LayerParts", "MixtureParts", "Norm", "Operand", "PackedStack", "PackedWeight",
     "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Segments", "Uncombined", "Unscaled", "Unsummed",
     "absorbed_queries", "add_gram", "all_gather", "all_reduce", "all_reduce_norm_quantize", "argmax", "argmax_over_ranks",
@@ -479,4 +479,5 @@ _COMPOSED: dict[str, tuple[Callable[..., Any], str]] = {
     "fused_experts": (_sorted_experts, "dispatch, a grouped GEMM, silu_mul, another, combine"),
     "gated_linear": (lambda x, w, readers: silu_mul(linear_unscaled(x, w), readers), "linear_unscaled, then silu_mul"),
     "project": (lambda *_: None, "linear, then attend"),
+    "rope_write_rounded_kv": (composed_rope_write_rounded_kv, "rms_norm, rotate, round_keys, write_kv"),
 }

@@ -13,9 +13,9 @@ from octavo.kvcache import KeyRounding, LayerCache
 from octavo.ops.bound import bound
 from octavo.ops.contract import Rope
 
-__all__ = ["CARRIED", "rope_write_kv", "round_keys", "write_kv"]
+__all__ = ["CARRIED", "composed_rope_write_rounded_kv", "rope_write_kv", "round_keys", "write_kv"]
 
-CARRIED = "keys are rounded by what queries read, which no fused kernel does"
+CARRIED = "keys are rounded by what queries read, which no kernel that writes and reads them does"
 
 
 def write_kv(cache: LayerCache, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -35,8 +35,12 @@ def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache
 
     q [T, H, D], k and v [T, H', D]; returns the rotated queries.
     """
-    if cache.key_rounding is None:
-        return bound["rope_write_kv"](q, k, v, rope, cache, slots)  # type: ignore[no-any-return]
+    op = "rope_write_kv" if cache.key_rounding is None else "rope_write_rounded_kv"
+    return bound[op](q, k, v, rope, cache, slots)  # type: ignore[no-any-return]
+
+
+def composed_rope_write_rounded_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, slots: Tensor) -> Tensor:
+    """`rope_write_kv` for a cache with `key_rounding`."""
     if (norms := rope.norms) is not None:
         q, k = _normed(q, norms.q, norms.eps), _normed(k, norms.k, norms.eps)
     q, k = (bound["rotate"](x, rope.cos_sin, rope.rows, False) for x in (q, k))

@@ -50,7 +50,7 @@ from octavo.ops.hopper.route import route
 from octavo.ops.triton import launch
 from octavo.ops.triton.launch import compile_ahead, compile_elsewhere
 from octavo.ops.triton.round_columns import round_columns
-from octavo.ops.triton.round_keys import round_keys
+from octavo.ops.triton.round_keys import rope_write_rounded_kv, round_keys
 from octavo.platform import Platform, capture
 from octavo.quant import QTensor
 
@@ -60,9 +60,9 @@ __all__ = [
     "LINEAR", "STACKS", "absorbed_queries", "all_reduce", "all_reduce_norm_quantize", "argmax", "argmax_over_ranks",
     "attend", "attention", "capture", "captures_segments", "combine", "combine_norm_quantize", "compile_ahead",
     "compile_elsewhere", "configure", "connect", "decode_variant", "dispatch", "expanded_attention", "fuse", "fused_experts",
-    "gated_linear", "gelu", "head_linear", "latent_attention", "layer_norm", "project", "rms_norm", "rope_write_kv", "rotate",
-    "round_columns", "round_keys", "route", "sample", "segment_attention", "select_keys", "silu_mul",
-    "write_index_keys", "write_latent",
+    "gated_linear", "gelu", "head_linear", "latent_attention", "layer_norm", "project", "rms_norm", "rope_write_kv",
+    "rope_write_rounded_kv", "rotate", "round_columns", "round_keys", "route", "sample", "segment_attention", "select_keys",
+    "silu_mul", "write_index_keys", "write_latent",
 ]  # fmt: skip
 
 OF_EXPERTS = hopper.experts.KERNELS, hopper.experts.QUANTIZE, hopper.route.KERNELS

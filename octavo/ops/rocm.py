@@ -31,13 +31,14 @@ from octavo.ops.gpu import (
 )
 from octavo.ops.triton import launch
 from octavo.ops.triton.launch import compile_ahead, compile_elsewhere
-from octavo.ops.triton.round_keys import round_keys
+from octavo.ops.triton.round_keys import rope_write_rounded_kv, round_keys
 from octavo.platform import Platform, capture
 
 __all__ = [
     "LINEAR", "STACKS", "absorbed_queries", "argmax", "attend", "attention", "capture", "captures_segments", "combine",
     "compile_ahead", "compile_elsewhere", "configure", "decode_variant", "dispatch", "expanded_attention", "gelu",
-    "head_linear", "latent_attention", "layer_norm", "rms_norm", "rope_write_kv", "rotate", "round_keys", "route", "sample",
+    "head_linear", "latent_attention", "layer_norm", "rms_norm", "rope_write_kv", "rope_write_rounded_kv",
+    "rotate", "round_keys", "route", "sample",
     "segment_attention", "select_keys", "silu_mul", "write_index_keys", "write_latent",
 ]  # fmt: skip
 

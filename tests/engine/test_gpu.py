@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from engine.test_key_rounding import random_rounding
 
 from octavo import LLM, SamplingParams
-from octavo.demo import HELDOUT
+from octavo.demo import HELDOUT, MODEL_DIR
+from octavo.models import read_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,6 +59,22 @@ def test_it_is_the_cpus_model(scheme: str, kv: str, head: bool) -> None:
     assert agreement >= (0.95 if scheme == "bf16" else 0.9)
 
 
+def behind(llm: LLM, count: int) -> list[float]:
+    """By how much a prefill of `count` prompts and their greedy outputs says that each token was not the likeliest, in nats."""
+    text = llm.encode(HELDOUT.read_text()[:8_000])
+    prompts = [text[150 * i : 150 * i + 70 + 9 * i] for i in range(count)]
+    params = SamplingParams(max_tokens=80, temperature=0, ignore_eos=True)
+    outputs = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+    again = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    whole = [[*prompt, *output] for prompt, output in zip(prompts, outputs, strict=True)]
+    gaps = []
+    for prompt, checked in zip(prompts, llm.generate(whole, again, use_tqdm=False), strict=True):
+        entries = list(zip(checked.prompt_token_ids, checked.prompt_logprobs or [], strict=True))[len(prompt) :]
+        gaps += [max(o.logprob for o in entry.values()) - entry[token].logprob for token, entry in entries if entry]
+    assert len(gaps) == 80 * count
+    return gaps
+
+
 @pytest.mark.parametrize("count", [1, 3, 5])
 @pytest.mark.parametrize("kv", ["auto", "fp8", "fp8_per_token_head"])
 def test_decoding_is_that_of_prefilling(kv: str, count: int) -> None:
@@ -63,19 +83,25 @@ def test_decoding_is_that_of_prefilling(kv: str, count: int) -> None:
     The prefill of prompt and output together goes through other kernels, without graphs; near ties may fall either way.
     """
     llm = LLM(quantization="bf16", kv_cache_dtype=kv, device="cuda", max_num_seqs=8)
-    text = llm.encode(HELDOUT.read_text()[:8_000])
-    prompts = [text[150 * i : 150 * i + 70 + 9 * i] for i in range(count)]
-    params = SamplingParams(max_tokens=80, temperature=0, ignore_eos=True)
-    outputs = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
-    again = SamplingParams(max_tokens=1, prompt_logprobs=1)
-    whole = [[*prompt, *output] for prompt, output in zip(prompts, outputs, strict=True)]
-    behind = []
-    for prompt, checked in zip(prompts, llm.generate(whole, again, use_tqdm=False), strict=True):
-        entries = list(zip(checked.prompt_token_ids, checked.prompt_logprobs or [], strict=True))[len(prompt) :]
-        behind += [max(o.logprob for o in entry.values()) - entry[token].logprob for token, entry in entries if entry]
-    assert len(behind) == 80 * count
-    assert max(behind) < 0.5
-    assert sum(gap > 0.02 for gap in behind) <= 0.05 * len(behind)
+    gaps = behind(llm, count)
+    assert max(gaps) < 0.5
+    assert sum(gap > 0.02 for gap in gaps) <= 0.05 * len(gaps)
+
+
+@pytest.mark.parametrize(("scheme", "most"), [("fp8_w8a16", 0.05), ("ptpc_fp8", 0.15)])
+def test_keys_rounded_by_calibration_are_decoded_as_they_are_prefilled(scheme: str, most: float, tmp_path: Path) -> None:
+    """Between the launches of megakernels, where the model has one, as in a prefill; near ties may fall either way."""
+    model = tmp_path / "model"
+    shutil.copytree(MODEL_DIR, model)
+    config = read_config(model)
+    random_rounding(model, config["num_hidden_layers"], config["num_key_value_heads"], config["head_dim"])
+    llm = LLM(
+        str(model), quantization=scheme, kv_cache_dtype="fp8", kv_cache_rounding="calibrated", device="cuda", max_num_seqs=8
+    )
+    gaps = [gap for count in (1, 3, 5) for gap in behind(llm, count)]
+    print(f"{scheme}: {max(gaps):.3f} nats at most, {sum(gap > 0.1 for gap in gaps) / len(gaps):.3f} of tokens by over 0.1")
+    assert max(gaps) < 1
+    assert sum(gap > 0.1 for gap in gaps) <= most * len(gaps)
 
 
 @pytest.mark.parametrize("head", [False, True], ids=["head in BF16", "tied head quantized"])

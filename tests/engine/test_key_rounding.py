@@ -146,14 +146,6 @@ def test_sleep_and_reload_take_the_rounding_with_them(tiny: list[str], tmp_path:
     assert tokens_of(core) == tokens_of(core_of(tiny[1])) != first
 
 
-def test_no_megakernel_is_used(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a platform that has some."""
-    core = core_of(tiny[0])
-    monkeypatch.setattr(ops, "_fuse", lambda parts, platform: pytest.fail("it was asked for"))
-    core.runner.model.fuse(core.runner.platform)  # type: ignore[attr-defined]
-    assert ops.table()["decode steps of few requests"].startswith("op by op: keys are rounded by what queries read")
-
-
 def test_layers_in_another_dtype_are_not_rounded(tiny: list[str]) -> None:
     layers = core_of(tiny[0], kv_cache_dtype_skip_layers=("0",)).runner.model.attention_layers()  # type: ignore[attr-defined]
     assert [layer.cache.key_rounding is None for layer in layers] == [True] + [False] * (len(layers) - 1)

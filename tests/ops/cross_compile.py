@@ -153,7 +153,14 @@ def kernels(fp8: str, pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dic
              **dict.fromkeys(("tokens", "k_stride", "k_head_stride"), "i32")),
         dict(HEADS=8, D=128, DP=128, BT=round_keys.TOKENS, SCALE_STRIDE=0, LIMIT=limit["LIMIT"],
              CODE=getattr(triton.language, names[fp8]), PDL=pdl),
-        {"num_warps": 4},
+        {"num_warps": 1},
+    )  # fmt: skip
+    yield (
+        "rewrite_keys", round_keys._rewrite_keys,
+        dict(k=bf16, cache=fp8, norm=bf16, influence=fp32, order=i32, scale=fp32, cos_sin=fp32, rotary_rows=i64, slots=i64,
+             eps="fp32", **dict.fromkeys(("k_stride", "block_stride", "token_stride"), "i32")),
+        dict(D=128, DP=128, R=128, BLOCK_SIZE=64, NORM=True, K_STRIDE=1, LIMIT=limit["LIMIT"], PDL=pdl),
+        {"num_warps": 1},
     )  # fmt: skip
     for bm in (16, 128):
         yield (

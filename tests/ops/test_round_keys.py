@@ -12,7 +12,7 @@ from torch import Tensor
 from octavo import ops
 from octavo.batch import Span, build
 from octavo.convert.key_rounding import key_rounding
-from octavo.kvcache import KeyRounding, LayerCache, Layout, spec_for
+from octavo.kvcache import KeyRounding, KVCache, LayerCache, Layout, spec_for
 from octavo.ops import reference
 from octavo.ops.bound import bound
 from octavo.ops.cpu import library, native
@@ -21,6 +21,8 @@ from octavo.platform import FP8_MAX, detect
 pytest.importorskip("triton", reason="needs Triton, which this torch came without")
 
 from octavo.ops.triton import round_keys as triton_kernel
+from octavo.ops.triton.rope import rope_write_kv
+from tests.ops.caches import Scale, layer_cache
 
 E4M3 = torch.float8_e4m3fn
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -91,6 +93,37 @@ def test_rounding_the_result_to_nearest_keeps_it(name: str, fp8: torch.dtype, dt
     found = made(k.to(device), KeyRounding(*(part.to(device) for part in rounding)), scale.to(device), fp8).cpu()
     values = ((found.float() / scale.view(-1, 1)).clamp(-limit, limit)).to(fp8).float() * scale.view(-1, 1)
     assert (values.to(dtype) == found).all()
+
+
+@over("dim, rotated", [(64, 64), (40, 24)])
+@over("normed, scales", combined([False, True], [0.0371, [0.0131, 0.271]]))
+def test_keys_are_rotated_rounded_and_written(dim: int, rotated: int, normed: bool, scales: Scale) -> None:
+    """By Triton's two kernels: the composed op's codes, but for ties, and `rope_write_kv`'s queries and values."""
+    g, (tokens, heads) = torch.Generator().manual_seed(dim), (7, 2)
+    _, rounding = measured(heads, dim, g)
+    rounding = KeyRounding(*(part.to(DEVICE) for part in rounding))
+    qkv = torch.randn(tokens, 4 * heads, dim, generator=g).bfloat16().to(DEVICE)
+    q, k, v = qkv.split([2 * heads, heads, heads], 1)
+    k[2, 1, 3] = torch.nan
+    norms = ops.HeadNorms(*(torch.rand(dim, generator=g).bfloat16().to(DEVICE) for _ in range(2)), 1e-5) if normed else None
+    angles = torch.rand(9, rotated // 2, generator=g) * 6
+    rows = torch.randint(9, (tokens,), generator=g).to(DEVICE)
+    rope = ops.Rope(norms, torch.cat([angles.cos(), angles.sin()], 1).to(DEVICE), rows)
+    slots = torch.randperm(64, generator=g)[:tokens].to(DEVICE)
+    caches = [layer_cache(KVCache([spec_for("fp8_e4m3", heads, dim, torch.bfloat16, E4M3, Layout.TENSOR_CORE)], 4, 16,
+                                  DEVICE).views[0], scales, 0.5) for _ in range(3)]  # fmt: skip
+    plain, found, want = caches[0], *(cache._replace(key_rounding=rounding) for cache in caches[1:])
+    turned_q = rope_write_kv(q, k, v, rope, plain, slots)
+    assert triton_kernel.rope_write_rounded_kv(q, k, v, rope, found, slots).equal(turned_q)
+    _, turned_k = reference.normed_and_rotated(q, k, rope)
+    rounded = reference.round_keys(turned_k, rounding, want.k_scale, E4M3)
+    reference.write_kv(want, slots, rounded, v)
+    codes = [cache.views["k"].view(torch.uint8).flatten(0, 1)[slots] for cache in caches]
+    assert codes[1].dim() == 3
+    same = (codes[1] == codes[2]).float().mean(), (codes[0] == codes[2]).float().mean()
+    assert same[0] > 0.97 > same[1]
+    for cache in (found, want):
+        assert cache.views["v"].view(torch.uint8).equal(plain.views["v"].view(torch.uint8))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -13,6 +13,7 @@ from torch import Tensor
 from octavo.batch import ForwardBatch
 from octavo.kvcache import LayerCache
 from octavo.ops import gpu
+from octavo.ops.cache_writes import rope_write_kv
 from octavo.ops.contract import DecoderParts, Layer, LayerParts, Rope
 from octavo.ops.hopper import attention
 from octavo.ops.hopper.compile import Kernel, compile_cubin
@@ -63,13 +64,20 @@ class LayerByLayer(Generic[Layer]):
         if first.qkv_bias is not None:
             qkv += first.qkv_bias
         for at, layer in enumerate(self.parts.layers):
-            qkv = between(at, self._attend(layer, qkv, batch), residual)
+            attend = self._attend if layer.cache.key_rounding is None else self._write_and_attend
+            qkv = between(at, attend(layer, qkv, batch), residual)
         return residual
 
     def _attend(self, layer: LayerParts[Any], qkv: Tensor, batch: ForwardBatch) -> Tensor:
         """Attention of a layer, [requests, heads * dim], for the product qkv; writes keys and values to the cache."""
         attend = attention.attend if attention.is_long(len(qkv), max(batch.context_lens)) else gpu.attend
         return attend(*self.attention_of(layer, qkv, batch)).flatten(1)
+
+    def _write_and_attend(self, layer: LayerParts[Any], qkv: Tensor, batch: ForwardBatch) -> Tensor:
+        """`_attend` where keys are not rounded to nearest, which no kernel that attends does."""
+        q, k, v, rope, cache, batch, scale, window = self.attention_of(layer, qkv, batch)
+        q = rope_write_kv(q, k, v, rope, cache, batch.slot_mapping)
+        return attention.attention(q, cache, batch, scale, window).flatten(1)
 
     def attention_of(
         self, layer: LayerParts[Any], qkv: Tensor, batch: ForwardBatch

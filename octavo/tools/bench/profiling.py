@@ -33,7 +33,7 @@ ROLES = {
     "linear": r"linear|product|gemm|gemv|cutlass|nvjet|sm90|sm100|splitk|cublas|addmm|aten::mm|matmul|scaled_mm|mkldnn|widen"
     r"|rescale|w4a(16|8)",
     "routing": r"route|_pairs|combine|find_tiles",
-    "quantize": r"quantize|quant|round_columns|round_keys|_planes",
+    "quantize": r"quantize|quant|round_columns|round_keys|rewrite_keys|_planes",
     "sampling": r"argmax|sampl|multinomial|topk|sort|gumbel|exponential",
     "copies": r"memcpy|memset|copy|aten::to|aten::cat|fill|index_select|gather|embedding",
 }
