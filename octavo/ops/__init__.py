@@ -51,6 +51,7 @@ from octavo.ops.contract import (
     Router,
     Segments,
     StackImplementation,
+    TakesStack,
     Uncombined,
     Unscaled,
     Unsummed,
@@ -215,11 +216,15 @@ def pack(q: QTensor, platform: Platform, *, row_lookup: bool = False) -> PackedW
     return packed
 
 
-def pack_experts(q: QTensor, platform: Platform) -> PackedStack:
-    """Pack a stack of experts' weights [E, N, K] for a grouped GEMM, as `pack` does for one weight."""
+def pack_experts(q: QTensor, platform: Platform, *, owned: bool = False) -> PackedStack:
+    """Pack a stack of experts' weights [E, N, K] for a grouped GEMM, as `pack` does for one weight.
+
+    owned: the caller reads `q` no more, so that its memory may be used for the packed stack.
+    """
     if not all(q.shape):
         return reference.EmptyStack(q)
-    return _first_to_support("experts", _stacks, q, platform).pack(q, platform)
+    chosen = _first_to_support("experts", _stacks, q, platform)
+    return chosen.take(q, platform) if owned and isinstance(chosen, TakesStack) else chosen.pack(q, platform)
 
 
 Impl = TypeVar("Impl", LinearImplementation, StackImplementation)

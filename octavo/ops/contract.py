@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ __all__ = [
     "PLAIN", "Activation", "CodeFormat", "DecoderParts", "DenseParts", "Dispatch", "ExpertLayerParts", "Filters",
     "FusedDecoder", "HeadNorms", "Layer", "LayerParts", "LinearImplementation", "MixtureParts", "Norm", "Operand",
     "PackedStack", "PackedWeight", "Product", "Quantized", "Reader", "Rope", "Rotation", "Routed", "Router", "Segments",
-    "StackImplementation", "Uncombined", "Unscaled", "Unsummed", "codes_of", "not_taken", "tokens_of", "values_of", "wanted",
+    "StackImplementation", "TakesStack", "Uncombined", "Unscaled", "Unsummed", "codes_of", "not_taken", "tokens_of",
+    "values_of", "wanted",
 ]  # fmt: skip
 
 # Scratch memory, in bytes, that an op on latents or index keys may allocate besides its operands and its result: for keys and
@@ -412,6 +413,14 @@ class StackImplementation(Protocol):
         """As LinearImplementation.supports."""
 
     def pack(self, q: QTensor, platform: Platform) -> PackedStack: ...
+
+
+@runtime_checkable
+class TakesStack(Protocol):
+    """A StackImplementation whose packed stack may be in the memory of the stored one."""
+
+    def take(self, q: QTensor, platform: Platform) -> PackedStack:
+        """As `pack`, of a stack that nobody else reads, before or after."""
 
 
 class LinearImplementation(Protocol):

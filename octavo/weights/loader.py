@@ -164,7 +164,7 @@ class Loader:
 
     def pack_experts(self, q: QTensor) -> ops.PackedStack:
         """Packs a finished stack of experts for this platform."""
-        return ops.pack_experts(q, self.platform)
+        return ops.pack_experts(q, self.platform, owned=True)
 
     def pack(self, q: QTensor, *, row_lookup: bool = False) -> ops.PackedWeight:
         """Packs a finished weight for this platform."""
@@ -182,14 +182,13 @@ class Loader:
             parts = [read_weight(self, names[0], shapes[0], shard) for shard in shards]
             whole = concat([p if isinstance(p, QTensor) else QTensor(p, None, BF16, (len(p), p.shape[1])) for p in parts])
             return self.in_scheme(whole if whole.scheme.quantized else whole.data, shards[0], scheme)
-        return concat(
-            [self.stored(name, shape, shard, scheme) for name, shape, shard in zip(names, shapes, shards, strict=True)]
-        )
+        each = zip(names, shapes, shards, strict=True)
+        return concat([self.stored(name, shape, shard, scheme) for name, shape, shard in each])
 
     def embedding(self, shape: tuple[int, int], shard: Shard = WHOLE) -> Tensor | ops.PackedWeight:
         """This rank's part of this module's matrix [vocab, hidden], in the model's dtype.
 
-        If the head is tied to it and the rules quantize the head, the matrix is packed for both, and no other copy is kept.
+        If the head is tied to it and quantized, or its product reads an order of its own, there is one packed copy for both.
         """
         module = self.prefix.removesuffix(".")
         parent, _, name = module.rpartition(".")
@@ -198,17 +197,20 @@ class Loader:
             matrix = self.at(parent).weight([name], [shape], [shard], is_head=True, row_lookup=True)
         else:
             matrix = self.vector("weight", shape, shard)
+            by_kernels = self.platform.is_cpu and self.platform.widened_dtype is None and not matrix.is_meta
+            if self.tied_head and by_kernels and (packed := self._for_head(matrix)).stored is None:
+                matrix = packed
         self.embeddings[module] = matrix
         return matrix
 
     def tied(self, module: str) -> ops.PackedWeight:
         """The weight of a head tied to the embedding `module`, which is already loaded."""
         matrix = self.embeddings[module]
-        if isinstance(matrix, ops.PackedWeight):
-            return matrix
-        q = QTensor(matrix, None, BF16, (matrix.shape[0], matrix.shape[1]))
-        packed = self.pack(q)
-        self.report.add("lm_head", BF16, 0, 0, 0, packed.held_bytes - packed.shared_bytes(q))
+        return matrix if isinstance(matrix, ops.PackedWeight) else self._for_head(matrix)
+
+    def _for_head(self, matrix: Tensor) -> ops.PackedWeight:
+        packed = self.pack(QTensor(matrix, None, BF16, (matrix.shape[0], matrix.shape[1])), row_lookup=True)
+        self.report.add("lm_head", BF16, 0, 0, 0, packed.held_bytes - matrix.nbytes)
         return packed
 
     def stored(self, name: str, shape: tuple[int, int], shard: Shard, scheme: Scheme) -> QTensor:

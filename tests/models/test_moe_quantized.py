@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from octavo import ops
+from octavo.platform import Platform
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, QTensor, QuantRules, Scheme
 
 FAMILIES = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "glm4_moe": glm4_moe, "minimax_m2": minimax_m2}
@@ -122,9 +123,9 @@ class Stacks:
         self.packed: list[QTensor] = []
         pack = ops.pack_experts
 
-        def watched(q: QTensor, *rest: Any) -> ops.PackedStack:
-            self.packed.append(q)
-            return pack(q, *rest)
+        def watched(q: QTensor, platform: Platform, *, owned: bool) -> ops.PackedStack:
+            self.packed.append(q)  # and read later, so it is not the loader's to give away
+            return pack(q, platform)
 
         monkeypatch.setattr(ops, "pack_experts", watched)
 

@@ -67,7 +67,8 @@ def test_each_expert_has_what_it_alone_gives(shape: tuple[int, int], dtype: torc
     for q in stacks(n, k, len(sizes)):
         assert experts.NativeStack().supports(q, CPU) is None
         packed = experts.NativeStack().pack(q, CPU)
-        assert packed.held_bytes == q.nbytes
+        assert packed.held_bytes == q.nbytes + packed.data.nbytes - q.data.nbytes
+        assert packed.struct.tiled or packed.data is q.data
         for rows, of_tokens in ((x[at.order.long() // 2], True), (by_pair, False)):
             y = packed(x if of_tokens else by_pair, at, of_tokens=of_tokens)
             assert (y.dtype, y.shape) == (dtype, (len(at.order), n))
@@ -151,15 +152,17 @@ from octavo.ops.cpu import experts, library
 from octavo.platform import Platform
 from octavo.quant import FP8_PER_CHANNEL, QTensor
 SIZE = 64 * mmap.PAGESIZE
-memory = mmap.mmap(-1, 8 * SIZE)
-data = torch.frombuffer(memory, dtype=torch.uint8).fill_(56).view(torch.float8_e4m3fn).view(8, -1, 512)
+memory = torch.frombuffer(mmap.mmap(-1, 8 * SIZE), dtype=torch.uint8).fill_(56)
+data = memory.clone().view(torch.float8_e4m3fn).view(8, -1, 512)
 n = data.shape[1]
-packed = experts.PackedNativeStack(QTensor(data, torch.ones(8, n, 1), FP8_PER_CHANNEL, (8, n, 512)))
-libc, at = ctypes.CDLL(None, use_errno=True), data.data_ptr()
+libc, at = ctypes.CDLL(None, use_errno=True), memory.data_ptr()
 for e in set(range(8)) - {3}:
     assert libc.mprotect(ctypes.c_void_p(at + e * SIZE), ctypes.c_size_t(SIZE), 0) == 0
-for name in ("portable", "avx2", "avx2_shift", "avx512", "avx512_bf16"):
+for name in ("portable", "avx2", "avx2_shift", "avx512", "avx512_bf16", "amx"):
     library.use(name)  # or, where this CPU lacks it, the one before
+    packed = experts.PackedNativeStack(QTensor(data, torch.ones(8, n, 1), FP8_PER_CHANNEL, (8, n, 512)))
+    assert packed.data.nbytes == memory.nbytes  # all codes are one code, in whichever order
+    packed.struct.weight = at
     for tokens in (1, 4, 40):
         x = torch.ones(tokens, 512)
         y = packed(x, experts.dispatch(torch.full((tokens, 1), 3, dtype=torch.int32), 8), of_tokens=True)

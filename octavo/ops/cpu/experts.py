@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from itertools import pairwise
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from octavo.ops import reference
 from octavo.ops.contract import FEW_TOKENS, Dispatch, Operand, PackedStack, Routed, Router, values_of
 from octavo.ops.cpu.library import KINDS, kernels
 from octavo.ops.cpu.linear import Widened, exact_scale, rounded, widened
-from octavo.ops.cpu.native import Native, held_scale, is_readable, struct_of, unsupported
+from octavo.ops.cpu.native import Native, held_scale, is_readable, is_tiled, struct_of, tiled, tiled_shape, unsupported
 from octavo.ops.cpu.op_recorder import launch
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
@@ -34,11 +35,28 @@ class NativeStack:
     def pack(self, q: QTensor, platform: Platform) -> PackedNativeStack:
         return PackedNativeStack(q)
 
+    def take(self, q: QTensor, platform: Platform) -> PackedNativeStack:
+        return PackedNativeStack(q, owned=True)
+
+
+def tiled_stack(data: Tensor, k: int, owned: bool) -> Tensor:
+    """`tiled` of each expert of data [E, N, K']: in `data` itself if it is owned and no expert becomes larger."""
+    experts, n, _ = data.shape
+    shape = tiled_shape(n, k, data.itemsize)
+    in_place = owned and data.is_contiguous() and prod(shape) == data[0].nbytes
+    made = data.view(torch.uint8).view(experts, *shape) if in_place else data.new_empty(experts, *shape, dtype=torch.uint8)
+    for e in range(experts):
+        if in_place:
+            made[e] = tiled(data[e])
+        else:
+            tiled(data[e, :, :k], made[e])
+    return made
+
 
 class PackedNativeStack(PackedStack):
-    """Weights [E, N, K] as stored, and their scales."""
+    """Weights [E, N, K] as stored or each `tiled`, and their scales. owned: nobody else reads `q`, which may be overwritten."""
 
-    def __init__(self, q: QTensor):
+    def __init__(self, q: QTensor, owned: bool = False):
         self.experts, self.n, self.k = q.shape
         self.data, self.held_bytes = q.data, q.nbytes
         self.scale = held_scale(q)
@@ -46,8 +64,13 @@ class PackedNativeStack(PackedStack):
         self.struct = self.few = struct_of(first, of_first, FEW_TOKENS + 1)
         if q.scheme.exact_few:
             self.few = struct_of(first, of_first, FEW_TOKENS)
+        if is_tiled(q):
+            self.data = tiled_stack(q.data, self.k, owned)
+            self.held_bytes += self.data.nbytes - q.data.nbytes
+            for struct in (self.struct, self.few):
+                struct.weight, struct.tiled = self.data.data_ptr(), 1
         scales = 0 if self.scale is None else self.scale.stride(0) * self.scale.itemsize
-        self.strides = q.data.stride(0) * q.data.itemsize, scales
+        self.strides = self.data.stride(0) * self.data.itemsize, scales
 
     def __call__(self, x: Operand, dispatch: Dispatch, *, of_tokens: bool) -> Tensor:
         x = values_of(x)

@@ -11,7 +11,6 @@ from ctypes import byref
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, get_num_threads
 
 from octavo.batch import ForwardBatch
@@ -47,6 +46,7 @@ __all__ = [
     "descend",
     "held_scale",
     "is_readable",
+    "is_tiled",
     "rms_norm",
     "rope_write_kv",
     "rotate",
@@ -56,6 +56,8 @@ __all__ = [
     "scale_errors",
     "silu_mul",
     "struct_of",
+    "tiled",
+    "tiled_shape",
     "unsupported",
     "write_kv",
 ]
@@ -146,21 +148,42 @@ def struct_of(q: QTensor, scale: Tensor | None, tokens: int) -> Linear:
 
 
 def is_tiled(q: QTensor) -> bool:
-    """Whether a weight's codes are held in the order in which matrix tiles read them.
+    """Whether the kernels hold a weight, or each of a stack, in the order in which matrix tiles read it.
 
-    Those of W8A8 are, whose activations are exact in BF16 whatever dtype they come in; not where those of few tokens stay as
-    they are.
+    FP8 codes and BF16 values are, unless their scales are of tiles, which are multiplied in FP32.
     """
-    rows = q.scheme.activation is Granularity.ROW and q.scheme.weight is not Granularity.BLOCK
-    return used() == "amx" and rows and not q.scheme.exact_few
+    dense = q.data.dtype is torch.bfloat16 or q.data.dtype in FP8_MAX
+    return used() == "amx" and dense and q.scheme.weight is not Granularity.BLOCK
 
 
-def tiled(codes: Tensor) -> Tensor:
-    """FP8 codes [N, K] as uint8 [N / 64, K / 64, 64, 64], zeros behind N and K: csrc/types.h."""
-    n, k = codes.shape
-    padded = F.pad(codes.view(torch.uint8), (0, -k % TILE, 0, -n % TILE))
-    blocks: Tensor = padded.view(-(-n // TILE), TILE, -(-k // TILE), TILE).transpose(1, 2)
-    return blocks.contiguous()
+def tiled(values: Tensor, into: Tensor | None = None) -> Tensor:
+    """Values [N, K], FP8 codes or BF16, as bytes [N / 64, K / 64 times a value's bytes, 64, 64]: csrc/types.h. Zeros lie
+    behind N and K.
+
+    They are copied once, to `into` if it is given: a second copy would be the peak of a load.
+    """
+    (n, k), size = values.shape, values.itemsize
+    (groups, rows), (lines, rest) = divmod(n, TILE), divmod(k * size, TILE)
+    bytes_of = values.view(torch.uint8)
+    shape = tiled_shape(n, k, size)
+    if into is None:
+        into = bytes_of.new_empty(shape)
+    whole = bytes_of[:, : lines * TILE].unflatten(1, (lines, TILE))
+    if into.shape[:2] != (groups, lines):
+        into.zero_()
+    into[:groups, :lines] = whole[: groups * TILE].unflatten(0, (groups, TILE)).transpose(1, 2)
+    if rows:
+        into[groups, :lines, :rows] = whole[groups * TILE :].transpose(0, 1)
+    if rest:
+        for group in range(len(into)):
+            some = bytes_of[group * TILE : (group + 1) * TILE, lines * TILE :]
+            into[group, lines, : len(some), :rest] = some
+    return into
+
+
+def tiled_shape(n: int, k: int, size: int) -> tuple[int, int, int, int]:
+    """The shape of `tiled` [N, K] of `size` bytes a value."""
+    return -(-n // TILE), -(-k // TILE) * size, TILE, TILE
 
 
 class PackedNative(PackedWeight):
@@ -174,9 +197,10 @@ class PackedNative(PackedWeight):
             self.few = struct_of(q, self.scale, FEW_TOKENS)
         self.data, self.held_bytes = q.data, q.nbytes
         if is_tiled(q):
-            self.data = tiled(q.data)
+            self.data = tiled(q.data[:, : self.k])
             self.held_bytes += self.data.nbytes - q.data.nbytes
-            self.struct.weight, self.struct.tiled = self.data.data_ptr(), 1
+            for struct in (self.struct, self.few):
+                struct.weight, struct.tiled = self.data.data_ptr(), 1
         self.address, self.address_of_few = ctypes.addressof(self.struct), ctypes.addressof(self.few)
         self.multiply = kernels().octavo_linear
 

@@ -9,34 +9,37 @@ INLINE const char *NAME(row_of)(const Rows *r, int64_t row) {
 
 /* One row of y = norm(x + residual) * weight and sum = x + residual; without a residual no sum is stored. Rounds where the
    models' reference code rounds. */
+INLINE void NAME(norm_values)(const char *x, const char *residual, const char *weight, char *y, char *sum, int64_t width, float eps,
+                              int kind) {
+    const int64_t size = size_of(kind);
+    vf square[PARTS], v[PARTS], more[PARTS];
+    for (int p = 0; p < PARTS; p++) square[p] = (vf){0};
+    for (int64_t at = 0; at < width; at += LANES) {
+        NAME(take)(x + at * size, kind, width - at, v);
+        if (residual) {
+            NAME(take)(residual + at * size, kind, width - at, more);
+            for (int p = 0; p < PARTS; p++) v[p] = kind == BF16 ? NAME(round_bf16)(v[p] + more[p]) : v[p] + more[p];
+            NAME(give)(sum + at * size, kind, width - at, v);
+        }
+        for (int p = 0; p < PARTS; p++) square[p] += v[p] * v[p];
+    }
+    for (int p = 1; p < PARTS; p++) square[0] += square[p];
+    const float factor = 1 / sqrtf(NAME(sum)(square[0]) / (float)width + eps);
+    for (int64_t at = 0; at < width; at += LANES) {
+        NAME(take)((residual ? sum : x) + at * size, kind, width - at, v);
+        NAME(take)(weight + at * size, kind, width - at, more);
+        for (int p = 0; p < PARTS; p++) {
+            v[p] *= factor;
+            v[p] = (kind == BF16 ? NAME(round_bf16)(v[p]) : v[p]) * more[p];
+        }
+        NAME(give)(y + at * size, kind, width - at, v);
+    }
+}
+
 static void NAME(norm_row)(const char *x, const char *residual, const char *weight, char *y, char *sum, int64_t width, float eps,
                            int kind) {
-    vf square = {0};
-    float values[GROUP], more[GROUP];
-    for (int64_t at = 0; at < width; at += GROUP) {
-        int64_t count = least(GROUP, width - at), offset = at * size_of(kind);
-        NAME(widen_row)(values, x + offset, kind, count);
-        if (residual) {
-            NAME(widen_row)(more, residual + offset, kind, count);
-            for (int64_t i = 0; i < count; i += VL) {
-                vf v = NAME(load)(values + i) + NAME(load)(more + i);
-                NAME(store)(values + i, kind == BF16 ? NAME(round_bf16)(v) : v);
-            }
-            NAME(narrow_row)(sum, kind, at, values, count);
-        }
-        for (int64_t i = 0; i < count; i += VL) square += NAME(load)(values + i) * NAME(load)(values + i);
-    }
-    float factor = 1 / sqrtf(NAME(sum)(square) / (float)width + eps);
-    for (int64_t at = 0; at < width; at += GROUP) {
-        int64_t count = least(GROUP, width - at), offset = at * size_of(kind);
-        NAME(widen_row)(values, (residual ? sum : x) + offset, kind, count);
-        NAME(widen_row)(more, weight + offset, kind, count);
-        for (int64_t i = 0; i < count; i += VL) {
-            vf v = NAME(load)(values + i) * factor;
-            NAME(store)(values + i, (kind == BF16 ? NAME(round_bf16)(v) : v) * NAME(load)(more + i));
-        }
-        NAME(narrow_row)(y, kind, at, values, count);
-    }
+    if (kind == BF16) NAME(norm_values)(x, residual, weight, y, sum, width, eps, BF16);
+    else NAME(norm_values)(x, residual, weight, y, sum, width, eps, F32);
 }
 
 static void NAME(rms_norm)(void *argument, int64_t task) {
@@ -79,27 +82,31 @@ static void NAME(argmax)(void *argument, int64_t task) {
     }
 }
 
+INLINE void NAME(silu_row)(const char *x, char *y, int64_t width, int kind) {
+    const int64_t size = size_of(kind);
+    vf gate[PARTS], up[PARTS];
+    for (int64_t at = 0; at < width; at += LANES) {
+        NAME(take)(x + at * size, kind, width - at, gate);
+        NAME(take)(x + (width + at) * size, kind, width - at, up);
+        for (int p = 0; p < PARTS; p++) {
+            const vf power = NAME(exp)(NAME(at_most)(-gate[p], 87)); /* more is no number in FP32, less does not count */
+            gate[p] = gate[p] * NAME(reciprocal)(1 + power) * up[p];
+        }
+        NAME(give)(y + at * size, kind, width - at, gate);
+    }
+}
+
 static void NAME(silu_mul)(void *argument, int64_t task) {
     const Rows *r = argument;
-    float gate[GROUP], up[GROUP];
     EACH_ROW(r, task) {
-        const char *x = NAME(row_of)(r, row);
-        for (int64_t at = 0; at < r->width; at += GROUP) {
-            int64_t count = least(GROUP, r->width - at);
-            NAME(widen_row)(gate, x + at * size_of(r->kind), r->kind, count);
-            NAME(widen_row)(up, x + (r->width + at) * size_of(r->kind), r->kind, count);
-            for (int64_t i = 0; i < count; i += VL) {
-                vf g = NAME(load)(gate + i), small = NAME(exp)((vf)((vi)g | (int32_t)0x80000000)); /* no exponential of large values */
-                vf part = SELECT(g > 0, NAME(splat)(1), small) / (1 + small);
-                NAME(store)(gate + i, g * part * NAME(load)(up + i));
-            }
-            NAME(narrow_row)(r->y, r->kind, row * r->width + at, gate, count);
-        }
+        char *y = (char *)r->y + row * r->width * size_of(r->kind);
+        if (r->kind == BF16) NAME(silu_row)(NAME(row_of)(r, row), y, r->width, BF16);
+        else NAME(silu_row)(NAME(row_of)(r, row), y, r->width, F32);
     }
 }
 
 /* Rotary embedding of the first `rotated` values of a head; cosines are followed by sines; y may be x. */
-static void NAME(rotate_row)(const char *x, char *y, const float *cosines, int64_t rotated, int64_t width, int kind) {
+INLINE void NAME(rotate_values)(const char *x, char *y, const float *cosines, int64_t rotated, int64_t width, int kind) {
     int64_t half = rotated / 2, size = size_of(kind);
     float a[GROUP], b[GROUP], cosine[GROUP], sine[GROUP];
     int64_t at = 0;
@@ -109,11 +116,11 @@ static void NAME(rotate_row)(const char *x, char *y, const float *cosines, int64
         NAME(widen16)(x + (half + at) * size, kind, v);
         for (int p = 0; p < PARTS; p++) {
             vf c = NAME(load)(cosines + at + p * VL), s = NAME(load)(cosines + half + at + p * VL);
-            NAME(store)(a + p * VL, u[p] * c - v[p] * s);
-            NAME(store)(b + p * VL, v[p] * c + u[p] * s);
+            const vf turned = u[p] * c - v[p] * s;
+            v[p] = v[p] * c + u[p] * s, u[p] = turned;
         }
-        NAME(narrow_row)(y, kind, at, a, LANES);
-        NAME(narrow_row)(y, kind, half + at, b, LANES);
+        NAME(give)(y + at * size, kind, LANES, u);
+        NAME(give)(y + (half + at) * size, kind, LANES, v);
     }
     for (; at < half; at += GROUP) {
         int64_t count = least(GROUP, half - at);
@@ -129,7 +136,12 @@ static void NAME(rotate_row)(const char *x, char *y, const float *cosines, int64
         NAME(narrow_row)(y, kind, at, a, count);
         NAME(narrow_row)(y, kind, half + at, b, count);
     }
-    if (x != y) memcpy(y + rotated * size, x + rotated * size, (size_t)((width - rotated) * size));
+    if (x != y && rotated < width) memcpy(y + rotated * size, x + rotated * size, (size_t)((width - rotated) * size));
+}
+
+static void NAME(rotate_row)(const char *x, char *y, const float *cosines, int64_t rotated, int64_t width, int kind) {
+    if (kind == BF16) NAME(rotate_values)(x, y, cosines, rotated, width, BF16);
+    else NAME(rotate_values)(x, y, cosines, rotated, width, F32);
 }
 
 static void NAME(rotate)(void *argument, int64_t task) {
@@ -140,58 +152,76 @@ static void NAME(rotate)(void *argument, int64_t task) {
     }
 }
 
-/* Replace NaN and infinity by 0. */
+/* NaN and infinity as 0. */
+INLINE vf NAME(finite)(vf v) {
+#if ISA >= 3
+    return (vf)_mm512_maskz_mov_ps(_mm512_cmp_epi32_mask((__m512i)v & _mm512_set1_epi32(0x7F800000), _mm512_set1_epi32(0x7F800000), _MM_CMPINT_NE), (__m512)v);
+#else
+    return (vf)((vi)v & (((vi)v & 0x7F800000) != 0x7F800000));
+#endif
+}
+
 INLINE void NAME(keep_finite)(float *values, int64_t count) {
-    for (int64_t i = 0; i < count; i += VL) {
-        vf v = NAME(load)(values + i);
-        NAME(store)(values + i, (vf)((vi)v & (((vi)v & 0x7F800000) != 0x7F800000)));
+    for (int64_t i = 0; i < count; i += VL) NAME(store)(values + i, NAME(finite)(NAME(load)(values + i)));
+}
+
+/* Store up to VL finite values, divided by `scale`, as codes of `to_kind`; exact: exact_reciprocal() of the scale. */
+INLINE void NAME(encode_vector)(vf v, char *to, int to_kind, float scale, float exact, int64_t count) {
+    const Format format = FORMATS[to_kind];
+    const int smallest = format.smallest, mantissa = format.mantissa;
+    const float quantum = power_of_two(mantissa - smallest), normal = power_of_two(smallest);
+    v = NAME(round_quotient)(exact != 0 ? v * exact : v / scale, format);
+    vi magnitude = (vi)v & 0x7FFFFFFF;
+    vi code = SELECT((vf)magnitude < normal, __builtin_convertvector((vf)magnitude * quantum, vi),
+                     (magnitude >> (23 - mantissa)) - ((127 - format.bias) << mantissa));
+    vi sign = (vi)((vu)v >> 24) & 0x80;
+    code |= to_kind == E4M3FNUZ ? sign & (code != 0) : sign; /* the format has no negative zero */
+#if ISA >= 3
+    if (count >= VL) {
+        const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)code);
+        memcpy(to, &bytes, sizeof bytes);
+    } else {
+        _mm512_mask_cvtepi32_storeu_epi8(to, (__mmask16)((1u << count) - 1), (__m512i)code);
     }
+#else
+    for (int64_t j = 0; j < least(VL, count); j++) to[j] = (char)code[j];
+#endif
 }
 
 /* Quantize count finite values, divided by `scale`, to codes of `to_kind`. */
 INLINE void NAME(encode)(const float *values, char *to, int to_kind, float scale, int64_t count) {
-    const Format format = FORMATS[to_kind];
-    int smallest = format.smallest, mantissa = format.mantissa;
-    float quantum = power_of_two(mantissa - smallest), normal = power_of_two(smallest);
-    for (int64_t i = 0; i < count; i += VL) {
-        vf v = NAME(round_to)(NAME(load)(values + i), scale, format);
-        vi magnitude = (vi)v & 0x7FFFFFFF;
-        vi code = SELECT((vf)magnitude < normal, __builtin_convertvector((vf)magnitude * quantum, vi),
-                         (magnitude >> (23 - mantissa)) - ((127 - format.bias) << mantissa));
-        vi sign = (vi)((vu)v >> 24) & 0x80;
-        code |= to_kind == E4M3FNUZ ? sign & (code != 0) : sign; /* the format has no negative zero */
-#if ISA >= 3
-        _mm512_mask_cvtepi32_storeu_epi8(to + i, (__mmask16)((1u << least(VL, count - i)) - 1), (__m512i)code);
-#else
-        for (int64_t j = 0; j < least(VL, count - i); j++) to[i + j] = (char)code[j];
-#endif
-    }
+    const float exact = NAME(exact_reciprocal)(scale);
+    for (int64_t i = 0; i < count; i += VL) NAME(encode_vector)(NAME(load)(values + i), to + i, to_kind, scale, exact, count - i);
 }
 
 /* Store one head's values in the cache; NaN and infinity as 0. */
-static void NAME(write_head)(const char *x, int kind, char *to, float *own_scale, float scale, int to_kind, int64_t dim) {
-    float values[GROUP];
-    for (int pass = own_scale ? 0 : 1; pass < 2; pass++) {
-        float most = 0;
-        for (int64_t at = 0; at < dim; at += GROUP) {
-            int64_t count = least(GROUP, dim - at);
-            NAME(widen_row)(values, x + at * size_of(kind), kind, count);
-            NAME(keep_finite)(values, count);
-            if (!pass) {
-                float peak = NAME(amax)(values, (count + LANES - 1) / LANES * LANES);
-                most = peak > most ? peak : most;
-            } else if (to_kind <= BF16) {
-                NAME(narrow_row)(to, to_kind, at, values, count);
-            } else {
-                NAME(encode)(values, to + at, to_kind, scale, count);
-            }
+INLINE void NAME(write_values)(const char *x, int kind, char *to, float *own_scale, float scale, int to_kind, int64_t dim) {
+    vf v[PARTS];
+    if (own_scale) {
+        float values[LANES], most = 0;
+        for (int64_t at = 0; at < dim; at += LANES) {
+            NAME(take)(x + at * size_of(kind), kind, dim - at, v);
+            for (int p = 0; p < PARTS; p++) NAME(store)(values + p * VL, NAME(finite)(v[p]));
+            const float peak = NAME(amax)(values, LANES);
+            most = peak > most ? peak : most;
         }
-        if (!pass) {
-            scale = most / FORMATS[to_kind].limit;
-            if (scale < SCALE_FLOOR) scale = SCALE_FLOOR;
-            *own_scale = scale;
-        }
+        scale = most / FORMATS[to_kind].limit;
+        if (scale < SCALE_FLOOR) scale = SCALE_FLOOR;
+        *own_scale = scale;
     }
+    const float exact = NAME(exact_reciprocal)(scale);
+    for (int64_t at = 0; at < dim; at += LANES) {
+        NAME(take)(x + at * size_of(kind), kind, dim - at, v);
+        for (int p = 0; p < PARTS; p++) v[p] = NAME(finite)(v[p]);
+        if (to_kind <= BF16) NAME(give)(to + at * size_of(to_kind), to_kind, dim - at, v);
+        for (int p = 0; to_kind > BF16 && p < PARTS && at + p * VL < dim; p++)
+            NAME(encode_vector)(v[p], to + at + p * VL, to_kind, scale, exact, dim - at - p * VL);
+    }
+}
+
+static void NAME(write_head)(const char *x, int kind, char *to, float *own_scale, float scale, int to_kind, int64_t dim) {
+    if (kind == BF16 && to_kind == E4M3) NAME(write_values)(x, BF16, to, own_scale, scale, E4M3, dim);
+    else NAME(write_values)(x, kind, to, own_scale, scale, to_kind, dim);
 }
 
 /* Norm (if there is a weight) and rotate a head into y. */

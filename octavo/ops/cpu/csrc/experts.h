@@ -45,14 +45,14 @@ static int32_t multiply_all(Products *all, int32_t threads) {
 /* Grouped product y [pairs, n], sorted by expert: each pair's row of x times the transposed weight of its expert. `first` is
    the first of `experts` weights; consecutive weights are weight_bytes apart and their scales scale_bytes. Rows of expert e
    are starts[e] to starts[e + 1]. The row of x is the sorted position itself or, with an order, order[position] / each.
-   Returns 0, or -1 without memory. */
+   Returns what octavo_linear does. */
 int32_t octavo_experts(const Linear *first, int64_t weight_bytes, int64_t scale_bytes, const void *x, int64_t x_stride,
                        const int32_t *order, const int32_t *starts, int64_t experts, int64_t each, void *y, int32_t kind,
                        int32_t threads) {
     static Products all;
     const int64_t size = size_of(kind);
     int64_t in_use = 0;
-    int32_t status = 0;
+    int32_t status = first->tiled && !uses_tiles ? TILED_FOR_ANOTHER : 0;
     for (int64_t e = 0; e < experts; e++) in_use += starts[e + 1] > starts[e];
     const int64_t own_threads = in_use ? (threads + in_use - 1) / in_use : 1;
     pthread_mutex_lock(&pool.call);

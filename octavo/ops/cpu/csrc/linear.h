@@ -54,111 +54,7 @@ INLINE void NAME(quantize_group)(float *values, const LinearJob *job, const char
     }
 }
 
-/* Permute 4 * VL values: even positions first, then odd ones. */
-INLINE void NAME(set_apart)(uint16_t *x) {
-    vu words[2];
-    memcpy(words, x, sizeof words);
-    for (int i = 0; i < 2; i++) {
-        vh even = __builtin_convertvector(words[i] & 0xFFFF, vh), odd = __builtin_convertvector(words[i] >> 16, vh);
-        memcpy(x + i * VL, &even, sizeof even);
-        memcpy(x + (2 + i) * VL, &odd, sizeof odd);
-    }
-}
-
-/* Store LANES positions of k [LANES][LANES], the first of them `at`, as pairs of BF16 in `panel`, which begins at position
-   0. */
-INLINE void NAME(pair_up)(const float *columns, int64_t at, int interleaved, float *panel) {
-    const int64_t unit = 4 * VL; /* pairs of the unit's even values come first, then those of its odd ones */
-    float *even = panel + (interleaved ? at / unit * unit / 2 + at % unit / 4 : at / 2) * LANES, *odd = even + unit / 4 * LANES;
-#pragma GCC unroll 8
-    for (int i = 0; i < LANES / 2; i++) {
-        const int first = interleaved ? i / 2 * 4 + i % 2 : 2 * i, second = first + (interleaved ? 2 : 1);
-        float *to = !interleaved ? even + i * LANES : (i % 2 ? odd : even) + i / 2 * LANES;
-#pragma GCC unroll 4
-        for (int p = 0; p < LANES; p += VL) {
-            vu low = (vu)NAME(load)(columns + first * LANES + p), high = (vu)NAME(load)(columns + second * LANES + p);
-            NAME(store)(to + p, (vf)(low >> 16 | (high & 0xFFFF0000)));
-        }
-    }
-}
-
-/* Permute a group's values to the order in which dot_of_nibbles() reads them. */
-INLINE void NAME(mix_nibbles)(float *x, int pairs) {
-    const int each = pairs ? 4 : 8; /* values of a lane */
-    float mixed[GROUP];
-    for (int i = 0; i < GROUP; i++) mixed[i / NIBBLES * NIBBLES + i % each * (NIBBLES / each) + i % NIBBLES / each] = x[i];
-    memcpy(x, mixed, sizeof mixed);
-}
-
-/* The same for a panel: LANES positions of k [LANES][LANES], the first of them `at`, to `panel`, which begins at position 0. */
-INLINE void NAME(mix_columns)(const float *columns, int64_t at, int pairs, float *panel) {
-    for (int i = 0; i < LANES; i += 8) {
-        const int64_t k = at + i, unit = k / NIBBLES * NIBBLES, lane = k % NIBBLES / 8;
-        for (int j = 0; j < 8; j++) {
-            const float *from = columns + (i + j) * LANES;
-            if (!pairs) memcpy(panel + (unit + j * VL + lane) * LANES, from, LANES * 4);
-            for (int p = 0; pairs && j < 4 && p < LANES; p += VL) {
-                vu low = (vu)NAME(load)(from + p), high = (vu)NAME(load)(from + 4 * LANES + p);
-                NAME(store)(panel + (unit / 2 + j * VL + lane) * LANES + p, (vf)(low >> 16 | (high & 0xFFFF0000)));
-            }
-        }
-    }
-}
-
-/* One token's values, contiguous, in the order in which dot() reads them. */
-static void NAME(prepare_row)(const LinearJob *job, int64_t token) {
-    const char *x = NAME(token_at)(job, token);
-    const float scale = NAME(token_scale)(job, x);
-    float values[GROUP], *dst = job->panel + token * job->k_padded;
-    job->scale[token] = scale;
-    for (int64_t at = 0; at < job->k_padded; at += GROUP) {
-        const int64_t count = least(GROUP, job->w->k - at), padded = least(GROUP, job->k_padded - at);
-        memset(values, 0, sizeof values);
-        if (count > 0) NAME(quantize_group)(values, job, x + at * size_of(job->kind), count, scale);
-        for (int64_t i = 0; MIXED(job->w->kind) && !job->pairs && i < padded; i += 32) NAME(mix)(values + i);
-        if (job->w->kind == INT4) NAME(mix_nibbles)(values, job->pairs);
-        if (job->pairs) NAME(narrow_row)(job->panel, BF16, token * job->k_padded + at, values, padded);
-        else memcpy(dst + at, values, (size_t)padded * 4);
-        for (int64_t i = 0; job->pairs && APART(job->w->kind) && i < padded; i += 4 * VL)
-            NAME(set_apart)((uint16_t *)job->panel + token * job->k_padded + at + i);
-    }
-}
-
-/* One of `parts` parts of a panel, one group of all its tokens at a time, so that it is written as one stream. */
-static void NAME(prepare_panel)(const LinearJob *job, int64_t panel, int64_t part) {
-    const int64_t k = job->w->k, size = size_of(job->kind), groups = (k + GROUP - 1) / GROUP;
-    const int64_t lanes = least(LANES, job->m - panel * LANES);
-    const char *x[LANES];
-    float rows[LANES][GROUP] __attribute__((aligned(64))), columns[LANES * LANES] __attribute__((aligned(64))), scale[LANES];
-    memset(rows, 0, sizeof rows);
-    for (int64_t i = 0; i < lanes; i++) {
-        x[i] = NAME(token_at)(job, panel * LANES + i);
-        scale[i] = NAME(token_scale)(job, x[i]);
-        if (!part) job->scale[panel * LANES + i] = scale[i];
-    }
-    for (int64_t at = groups * part / job->parts * GROUP; at < least(groups * (part + 1) / job->parts * GROUP, k); at += GROUP) {
-        const int64_t count = least(GROUP, k - at);
-        float *dst = NAME(panel_at)(job, panel, at);
-        if (count < GROUP) memset(rows, 0, sizeof rows);
-        for (int64_t i = 0; i < lanes; i++) NAME(quantize_group)(rows[i], job, x[i] + at * size, count, scale[i]);
-        for (int64_t j = 0; j < (job->pairs || job->w->kind == INT4 ? least(GROUP, job->k_padded - at) : count); j += LANES) {
-            NAME(transpose)(rows[0] + j, GROUP, columns);
-            if (job->w->kind == INT4) NAME(mix_columns)(columns, j, job->pairs, dst);
-            else if (job->pairs) NAME(pair_up)(columns, j, APART(job->w->kind), dst);
-            else memcpy(dst + j * LANES, columns, (size_t)least(LANES, count - j) * LANES * 4);
-        }
-    }
-}
-
-/* Task: prepare a part of a panel of tokens, or all of the tokens if they are rows. */
-static void NAME(prepare)(void *argument, int64_t task) {
-    const LinearJob *job = argument;
-    if (job->is_panel) {
-        NAME(prepare_panel)(job, task / job->parts, task % job->parts);
-        return;
-    }
-    for (int64_t i = 0; i < job->m; i++) NAME(prepare_row)(job, i);
-}
+#include "panel.h"
 
 /* The scale of a row of the weight, or of the row's block that begins at k. */
 INLINE float NAME(scale_at)(const Linear *w, int64_t row, int64_t k) {
@@ -173,19 +69,39 @@ INLINE void NAME(finish)(const LinearJob *job, int64_t token, int64_t row, float
     put(job->y, job->y_kind, token * w->n + row, sum);
 }
 
+/* Sums [rows][LANES] of tokens from `first` on, times their scales and the rows'. */
+INLINE void NAME(scale_sums)(const LinearJob *job, int64_t first, int64_t from, int64_t rows, const float *sum, float *values) {
+    const Linear *w = job->w;
+    const int by_row = !w->scale_columns && w->scale;
+    vf of_token[PARTS];
+    for (int p = 0; p < PARTS; p++) of_token[p] = w->activation == PER_TOKEN ? NAME(load)(job->scale + first + p * VL) : NAME(splat)(1);
+    for (int64_t row = 0; row < rows; row++)
+        for (int p = 0; p < PARTS; p++)
+            NAME(store)(values + row * LANES + p * VL, NAME(load)(sum + row * LANES + p * VL) * of_token[p] * (by_row ? w->scale[from + row] : 1));
+}
+
 /* finish() for sums [rows][LANES] of a panel of tokens. */
 static void NAME(finish_panel)(const LinearJob *job, int64_t panel, int64_t from, int64_t to, const float *sum) {
     const Linear *w = job->w;
     const int64_t first = panel * LANES, lanes = least(LANES, job->m - first);
-    float values[LANES * LANES] __attribute__((aligned(64))), columns[LANES * LANES] __attribute__((aligned(64)));
+    float values[2 * LANES * LANES] __attribute__((aligned(64))), columns[LANES * LANES] __attribute__((aligned(64)));
+    float odd[LANES * LANES] __attribute__((aligned(64)));
+    for (; job->y_kind == BF16 && to - from >= 2 * LANES; from += 2 * LANES, sum += 2 * LANES * LANES) { /* two rows a word */
+        NAME(scale_sums)(job, first, from, 2 * LANES, sum, values);
+        NAME(transpose)(values, 2 * LANES, columns);
+        NAME(transpose)(values + LANES, 2 * LANES, odd);
+        for (int64_t i = 0; i < lanes; i++) {
+            uint16_t *y = (uint16_t *)job->y + (first + i) * w->n + from;
+            for (int p = 0; p < LANES; p += VL) {
+                const vu low = (vu)NAME(round_bf16)(NAME(load)(columns + i * LANES + p)), high = (vu)NAME(round_bf16)(NAME(load)(odd + i * LANES + p));
+                const vu both = low >> 16 | (high & 0xFFFF0000);
+                memcpy(y + 2 * p, &both, sizeof both);
+            }
+        }
+    }
     for (; from < to; from += LANES, sum += LANES * LANES) {
         const int64_t rows = least(LANES, to - from);
-        for (int64_t i = 0; i < rows * LANES; i += VL) {
-            vf v = NAME(load)(sum + i);
-            if (w->activation == PER_TOKEN) v *= NAME(load)(job->scale + first + i % LANES);
-            if (!w->scale_columns && w->scale) v *= w->scale[from + i / LANES];
-            NAME(store)(values + i, v);
-        }
+        NAME(scale_sums)(job, first, from, rows, sum, values);
         NAME(transpose)(values, LANES, columns);
         for (int64_t i = 0; i < lanes; i++) NAME(narrow_row)(job->y, job->y_kind, (first + i) * w->n + from, columns + i * LANES, rows);
     }
@@ -307,6 +223,15 @@ static void NAME(panels_of_pairs)(const LinearJob *job, int64_t from, int64_t to
 }
 #endif
 
+/* Widen `count` values of a row from k on, which begins the TILED_BYTES of a tiled weight. */
+INLINE void NAME(widen_part)(float *values, const Linear *w, int64_t row, int64_t k, int64_t count) {
+    const int64_t size = size_of(w->kind), each = w->tiled ? TILED_BYTES / size : count;
+    for (int64_t i = 0; i < count; i += each) {
+        const char *from = w->tiled ? tiled_at(w, row, k + i) : (const char *)w->weight + (row * w->stride + k) * size;
+        NAME(widen_row)(values + i, from, w->kind, least(each, count - i));
+    }
+}
+
 /* Task: embedding lookup of one row of the weight, dequantized; m ids are in job->x. */
 static void NAME(look_up)(void *argument, int64_t token) {
     const LinearJob *job = argument;
@@ -315,16 +240,7 @@ static void NAME(look_up)(void *argument, int64_t token) {
     float values[GROUP];
     for (int64_t at = 0; at < w->k; at += GROUP) {
         const int64_t count = least(GROUP, w->k - at);
-        if (w->tiled) {
-            const int64_t chunks = (w->k + TILED_CODES - 1) / TILED_CODES, line = row % GROUP_ROWS * TILED_CODES;
-            for (int64_t i = 0; i < count; i += TILED_CODES) {
-                const int64_t block = row / GROUP_ROWS * chunks + (at + i) / TILED_CODES;
-                const char *from = (const char *)w->weight + block * GROUP_ROWS * TILED_CODES + line;
-                NAME(widen_row)(values + i, from, w->kind, least(TILED_CODES, count - i));
-            }
-        } else {
-            NAME(widen_row)(values, (const char *)w->weight + (row * w->stride + at) * size_of(w->kind), w->kind, count);
-        }
+        NAME(widen_part)(values, w, row, at, count);
         for (int64_t i = 0; i < count; i += VL) NAME(store)(values + i, NAME(load)(values + i) * NAME(scale_at)(w, row, at));
         NAME(narrow_row)(job->y, job->kind, token * w->k + at, values, count);
     }
@@ -345,7 +261,7 @@ static __attribute__((noinline)) void NAME(panels)(const LinearJob *job, int64_t
                 continue;
             }
             for (int64_t line = 0; line < depth * size_of(w->kind); line += 64) __builtin_prefetch(at + line + AHEAD);
-            NAME(widen_row)(dst, at, w->kind, depth);
+            NAME(widen_part)(dst, w, row, k, depth);
             for (int64_t g = 0; w->scale_columns && g < depth; g += GROUP) {
                 float scale = NAME(scale_at)(w, row, k + g);
                 for (int64_t i = g; i < least(g + GROUP, depth); i += VL) NAME(store)(dst + i, NAME(load)(dst + i) * scale);
@@ -405,7 +321,8 @@ static void NAME(multiply)(void *argument, int64_t task) {
 #if TILES
     if (job->w->tiled) {
         const int64_t groups = (n + GROUP_ROWS - 1) / GROUP_ROWS, from = groups * task / job->row_tasks;
-        (job->w->kind == E5M2 ? NAME(groups_E5M2) : NAME(groups_E4M3))(job, from, groups * (task + 1) / job->row_tasks);
+        (job->w->kind == BF16 ? NAME(groups_BF16) : job->w->kind == E5M2 ? NAME(groups_E5M2) : NAME(groups_E4M3))(
+            job, from, groups * (task + 1) / job->row_tasks);
         return;
     }
 #endif

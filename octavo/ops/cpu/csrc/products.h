@@ -19,7 +19,7 @@ static int way_of(int kind, int64_t m) {
 static LinearJob job_in(int way, const Linear *w, const void *x, int64_t m, int64_t x_stride, void *y, int32_t kind, int32_t y_kind,
                         int64_t threads) {
     const int64_t panels = (m + LANES - 1) / LANES;
-    const int tiles = way == IN_TILES, pairs = way != IN_FP32, is_panel = tiles || m > ROWS_MODE;
+    const int tiles = way == IN_TILES, pairs = way != IN_FP32, is_panel = tiles || m > ROWS_MODE || (w->tiled && !pairs);
     const int64_t chunk = w->kind == INT4 ? GROUP : is_panel || !pairs ? CHUNK : ROW_CHUNK;
     LinearJob job = {.w = w, .x = x, .y = y, .m = m, .x_stride = x_stride, .k_padded = (w->k + chunk - 1) / chunk * chunk,
                      .token_tasks = 1, .kind = kind, .y_kind = y_kind, .is_panel = is_panel, .pairs = pairs, .tiles = tiles};
@@ -40,7 +40,7 @@ static LinearJob job_of(const Linear *w, const void *x, int64_t m, int64_t x_str
                         int64_t threads) {
     const int exact = w->activation == PER_TOKEN || (w->activation == NOT_QUANTIZED && kind == BF16); /* x is exact in BF16 */
     const int by_kind = exact && w->kind != F32 && !w->scale_columns ? way_of(w->kind, m) : IN_FP32;
-    const int way = !w->tiled ? by_kind : m > 1 ? IN_TILES : IN_PAIRS;
+    const int way = !w->tiled ? by_kind : !exact ? IN_FP32 : m > 1 ? IN_TILES : IN_PAIRS;
     return job_in(way, w, x, m, x_stride, y, kind, y_kind, threads);
 }
 

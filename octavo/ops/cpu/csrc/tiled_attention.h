@@ -48,7 +48,7 @@ INLINE void NAME(widen_tokens)(NAME(TiledFlash) *f, const NAME(Found) *now, cons
             vh low, high;
             memcpy(&low, two[0] + d, sizeof low);
             memcpy(&high, two[1] + d, sizeof high);
-            NAME(store)(pairs + t / 2 * padded + d, (vf)(__builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16));
+            NAME(store)(pairs + t / 2 * padded + d, (vf)(NAME(longer)(low) | NAME(longer)(high) << 16));
         }
     }
     for (int64_t d = 0; d < padded; d += LANES) {

@@ -13,21 +13,19 @@
 #define BLOCK_DEPTH 256 /* values of a task with more panels that are widened at a time: 32 tokens' stay in L1 meanwhile, all rows' in L2 */
 #define TILE_AHEAD 16384 /* bytes to prefetch ahead of a tiled weight, to L2 */
 
-/* Where rows of a weight are: of a tiled one the first row's codes in its group, else each row's. */
+#define TILED_STEP (GROUP_ROWS * TILED_BYTES) /* bytes from a row's bytes in a tiled weight to those that follow them */
+
+/* Where rows of a weight are, of a tiled one every LANES-th; next: byte offset to prefetch. */
 typedef struct {
     const char *at[BLOCK_ROWS];
-    int64_t next, chunks; /* next: byte offset to prefetch; chunks: of a group of a tiled weight, 0 for others */
+    int64_t next;
 } NAME(Place);
 
 INLINE void NAME(find_rows)(const Linear *w, int64_t from, int64_t rows, int64_t ahead, NAME(Place) *place) {
-    const int64_t size = size_of(w->kind);
-    place->chunks = w->tiled ? (w->k + TILED_CODES - 1) / TILED_CODES : 0;
-    place->next = w->tiled ? TILE_AHEAD : ahead * w->stride * size;
-    for (int64_t i = 0; i < rows; i += w->tiled ? LANES : 1) {
-        const int64_t row = from + i, block = row / GROUP_ROWS * place->chunks;
-        const int64_t at = w->tiled ? (block * GROUP_ROWS + row % GROUP_ROWS) * TILED_CODES : least(row, w->n - 1) * w->stride * size;
-        place->at[i] = (const char *)w->weight + at;
-    }
+    const int64_t row_bytes = w->stride * size_of(w->kind);
+    place->next = ahead * row_bytes;
+    for (int64_t i = 0; i < rows; i += w->tiled ? LANES : 1)
+        place->at[i] = w->tiled ? tiled_at(w, from + i, 0) : (const char *)w->weight + least(from + i, w->n - 1) * row_bytes;
 }
 
 /* Store a unit of widened values, the first of them at `position` of a CHUNK, in tiles [CHUNK / TILE_VALUES][LANES]
@@ -53,15 +51,19 @@ INLINE void NAME(widen_tile)(const Linear *w, const char *const *at, int64_t nex
     }
 }
 
-/* Where a tiled weight has row i of the place from k on. */
-INLINE const char *NAME(codes_at)(const NAME(Place) *place, int64_t i, int64_t k) {
-    return place->at[i] + k / CHUNK * GROUP_ROWS * TILED_CODES;
-}
-
 /* widen_tile() of a tiled weight; a function of its own, since inlined wherever it is called it takes long to compile. */
 INLINE void NAME(widen_lines)(const char *from, int kind, uint16_t *to) {
+    if (kind == BF16) { /* two tiles as they are */
+        for (int i = 0; i < LANES; i++) {
+            __builtin_prefetch(from + i * TILED_BYTES + TILE_AHEAD, 0, 2);
+            __builtin_prefetch(from + i * TILED_BYTES + TILE_AHEAD + TILED_STEP, 0, 2);
+        }
+        memcpy(to, from, TILE_BYTES);
+        memcpy(to + TILE_BYTES / 2, from + TILED_STEP, TILE_BYTES);
+        return;
+    }
 #pragma GCC unroll 8
-    for (int i = 0; i < LANES; i++, from += TILED_CODES, to += TILE_VALUES) {
+    for (int i = 0; i < LANES; i++, from += TILED_BYTES, to += TILE_VALUES) {
         __builtin_prefetch(from + TILE_AHEAD, 0, 2);
         for (int j = 0; j < CHUNK; j += UNIT) {
             vp v[2];
@@ -72,7 +74,8 @@ INLINE void NAME(widen_lines)(const char *from, int kind, uint16_t *to) {
 }
 
 static __attribute__((noinline)) void NAME(widen_group)(const char *from, int kind, uint16_t *to) {
-    if (kind == E5M2) NAME(widen_lines)(from, E5M2, to);
+    if (kind == BF16) NAME(widen_lines)(from, BF16, to);
+    else if (kind == E5M2) NAME(widen_lines)(from, E5M2, to);
     else NAME(widen_lines)(from, E4M3, to);
 }
 
@@ -184,7 +187,7 @@ INLINE void NAME(panels_of_tiles)(const LinearJob *job, int64_t from, int64_t to
             for (int64_t j = 0; j < depth; j += CHUNK) {
                 for (int64_t i = group; i < least(group + GROUP_ROWS, padded); i += LANES) {
                     uint16_t *to_tile = wide + i / TILED_ROWS * TILED_ROWS * BLOCK_DEPTH + j * TILED_ROWS + i % TILED_ROWS * CHUNK;
-                    if (kind != BF16 && place.chunks) NAME(widen_group)(NAME(codes_at)(&place, i, k + j), kind, to_tile);
+                    if (w->tiled) NAME(widen_group)(place.at[i] + (k + j) * size_of(kind) / TILED_BYTES * TILED_STEP, kind, to_tile);
                     else NAME(widen_tile)(w, place.at + i, place.next, k + j, kind, to_tile);
                 }
             }
@@ -230,16 +233,32 @@ INLINE void NAME(panels_of_tiles)(const LinearJob *job, int64_t from, int64_t to
 
 /* one_panel_of_tiles() of FEW_TILED rows of a tiled weight, whose order lets the loop do without all that differs. */
 INLINE void NAME(one_panel_of_groups)(const LinearJob *job, int64_t from, int64_t to, int64_t panel, int kind) {
-    const Linear *w = job->w;
-    const int64_t chunks = job->k_padded / CHUNK, bytes = GROUP_ROWS * TILED_CODES, tile = LANES * TILED_CODES;
-    const char *x = (const char *)NAME(panel_at)(job, panel, 0), *at = (const char *)w->weight + from / GROUP_ROWS * chunks * bytes;
+    const int64_t chunks = job->k_padded / CHUNK, tile = LANES * TILED_BYTES;
+    const char *x = (const char *)NAME(panel_at)(job, panel, 0), *at = tiled_at(job->w, from, 0);
     uint16_t wide_of[2][FEW_TILED * CHUNK] __attribute__((aligned(64)));
     NAME(zero_sums)();
-    for (int i = 0; i < FEW_TILED; i += LANES) NAME(widen_group)(at + i * TILED_CODES, kind, wide_of[0] + i * CHUNK);
+    if (kind == BF16) { /* loaded as it is stored */
+        for (int64_t c = 0; c < chunks; c++, x += 2 * TILE_BYTES, at += 2 * TILED_STEP) {
+            TILE_LOAD(6, x, 64);
+            TILE_LOAD(7, x + TILE_BYTES, 64);
+#define NEXT_TILE(i)                                                                                                   \
+    for (int line = 0; line < 2 * LANES; line++)                                                                       \
+        __builtin_prefetch(at + (i) * 2 * tile + line * TILED_BYTES + TILE_AHEAD, 0, 2);                               \
+    TILE_OF_CHUNK(i, at + (i) * tile, at + (i) * tile + TILED_STEP, 64);
+            NEXT_TILE(0)
+            NEXT_TILE(1)
+            NEXT_TILE(2)
+            NEXT_TILE(3)
+#undef NEXT_TILE
+        }
+        NAME(finish_sums)(job, panel, from, to);
+        return;
+    }
+    for (int i = 0; i < FEW_TILED; i += LANES) NAME(widen_group)(at + i * TILED_BYTES, kind, wide_of[0] + i * CHUNK);
     for (int64_t c = 0; c < chunks; c++, x += 2 * TILE_BYTES) {
         const uint16_t *wide = wide_of[c % 2];
         uint16_t *soon = wide_of[(c + 1) % 2];
-        at += bytes;
+        at += TILED_STEP;
         TILE_LOAD(6, x, 64);
         TILE_LOAD(7, x + TILE_BYTES, 64);
 #define NEXT_TILE(i)                                                                                                   \
@@ -261,7 +280,7 @@ INLINE void NAME(one_panel_of_groups)(const LinearJob *job, int64_t from, int64_
                                                              int64_t last_panel) {                                              \
         if (last_panel - first_panel > 1 || to - from > FEW_TILED)                                                              \
             NAME(panels_of_tiles)(job, from, to, first_panel, last_panel, kind);                                                \
-        else if (kind != BF16 && job->w->tiled)                                                                                      \
+        else if (job->w->tiled)                                                                                                 \
             NAME(one_panel_of_groups)(job, from, to, first_panel, kind);                                                        \
         else                                                                                                                    \
             NAME(one_panel_of_tiles)(job, from, to, first_panel, kind);                                                         \
@@ -279,23 +298,26 @@ static void NAME(tiles)(const LinearJob *job, int64_t from, int64_t to, int64_t 
 /* One token times groups of a tiled weight, by the dot product. The sums of a group are in L1, so that it is read in order. */
 INLINE void NAME(dot_of_groups)(const LinearJob *job, int64_t from, int64_t to, int kind) {
     const Linear *w = job->w;
-    const int64_t chunks = (w->k + TILED_CODES - 1) / TILED_CODES;
-    const char *at = (const char *)w->weight + from * chunks * GROUP_ROWS * TILED_CODES;
+    const int64_t lines = group_bytes(w) / TILED_STEP, each = TILED_BYTES / size_of(kind);
+    const char *at = tiled_at(w, from * GROUP_ROWS, 0);
     float sums[GROUP_ROWS * VL] __attribute__((aligned(64))), columns[GROUP_ROWS];
     for (int64_t group = from; group < to; group++) {
         memset(sums, 0, sizeof sums);
-        for (int64_t c = 0; c < chunks; c++) {
-            const uint16_t *x = (const uint16_t *)job->panel + c * TILED_CODES;
+        for (int64_t line = 0; line < lines; line++) {
+            const uint16_t *x = (const uint16_t *)job->panel + line * each;
 #pragma GCC unroll 8
-            for (int row = 0; row < GROUP_ROWS; row++, at += TILED_CODES) {
+            for (int row = 0; row < GROUP_ROWS; row++, at += TILED_BYTES) {
                 vf sum = NAME(load)(sums + row * VL);
                 __builtin_prefetch(at + TILE_AHEAD, 0, 2);
-                for (int u = 0; u < TILED_CODES; u += UNIT) {
+                for (int u = 0; u < each; u += kind == BF16 ? UNIT / 2 : UNIT) {
                     vp v[2], even, odd;
-                    NAME(widen_unit)(at + u, kind, v);
+                    if (kind == BF16) memcpy(v, at + u * 2, sizeof *v);
+                    else NAME(widen_unit)(at + u, kind, v);
                     memcpy(&even, x + u, sizeof even);
+                    sum = NAME(dot_pairs)(sum, even, v[0]);
+                    if (kind == BF16) continue;
                     memcpy(&odd, x + u + UNIT / 2, sizeof odd);
-                    sum = NAME(dot_pairs)(NAME(dot_pairs)(sum, even, v[0]), odd, v[1]);
+                    sum = NAME(dot_pairs)(sum, odd, v[1]);
                 }
                 NAME(store)(sums + row * VL, sum);
             }
@@ -306,5 +328,6 @@ INLINE void NAME(dot_of_groups)(const LinearJob *job, int64_t from, int64_t to, 
     }
 }
 
+static __attribute__((noinline)) void NAME(groups_BF16)(const LinearJob *job, int64_t from, int64_t to) { NAME(dot_of_groups)(job, from, to, BF16); }
 static __attribute__((noinline)) void NAME(groups_E4M3)(const LinearJob *job, int64_t from, int64_t to) { NAME(dot_of_groups)(job, from, to, E4M3); }
 static __attribute__((noinline)) void NAME(groups_E5M2)(const LinearJob *job, int64_t from, int64_t to) { NAME(dot_of_groups)(job, from, to, E5M2); }

@@ -13,7 +13,8 @@ enum { NOT_QUANTIZED, PER_TOKEN, PER_GROUP }; /* quantization of activations */
 #define DESCENT_ROWS 64 /* rows of a weight in a task of octavo_descend, a multiple of LANES */
 #define MOST_STEPS 16   /* of octavo_scale_errors */
 #define GROUP_ROWS 64   /* rows of a tiled weight that are stored together, */
-#define TILED_CODES 64  /* so many codes of each at a time */
+#define TILED_BYTES 64  /* so many bytes of each at a time; */
+#define TILED_K 64      /* a multiple of so many values */
 #define GRAM_TOKENS 512 /* tokens whose columns have a scale each */
 #define GRAM_STRIP 64 /* rows of the result that a task has, a multiple of LANES */
 #define TASK_QUERIES 64 /* most query rows of a task of attention, a multiple of LANES */
@@ -29,8 +30,8 @@ static const float NARROWED[] = {[E4M3] = 256, [E4M3FNUZ] = 128, [E5M2] = 1}; /*
    0 for one scale per row, else the width of a grid of scales for tiles of scale_rows rows and 128 columns. INT4 uses
    group_scale instead, of type group_kind: one scale per `group` values of a row; group is a multiple of 8.
 
-   tiled: whether FP8 codes are stored as tiles.h reads them, [n / GROUP_ROWS][k / TILED_CODES][GROUP_ROWS][TILED_CODES] with
-   zeros behind n and k; `stride` has no meaning then. */
+   tiled: whether FP8 codes or BF16 values are stored as tiles.h reads them, [n / GROUP_ROWS][bytes of a row / TILED_BYTES]
+   [GROUP_ROWS][TILED_BYTES] with zeros behind n and k; `stride` has no meaning then. */
 typedef struct {
     const void *weight;
     const float *scale;
@@ -294,3 +295,10 @@ static inline void put(void *y, int kind, int64_t i, float value) {
 static inline int64_t size_of(int kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }
 static inline int64_t groups_of(const Linear *w) { return (w->k + w->group - 1) / w->group; } /* scales of a row of INT4 */
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Bytes of a group of rows of a tiled weight, and where it has row `row` from position k on, which begins TILED_BYTES. */
+static inline int64_t group_bytes(const Linear *w) { return (w->k + TILED_K - 1) / TILED_K * TILED_K * size_of(w->kind) * GROUP_ROWS; }
+static inline const char *tiled_at(const Linear *w, int64_t row, int64_t k) {
+    const int64_t line = k * size_of(w->kind) / TILED_BYTES * GROUP_ROWS + row % GROUP_ROWS;
+    return (const char *)w->weight + row / GROUP_ROWS * group_bytes(w) + line * TILED_BYTES;
+}

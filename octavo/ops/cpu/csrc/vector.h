@@ -67,6 +67,24 @@ INLINE float NAME(largest)(vf v) {
 #endif
 }
 
+/* 16-bit integers in 32 bits, and the lower halves of 32. Of a whole register GCC 12 converts each half by itself. */
+INLINE vu NAME(longer)(vh x) {
+#if ISA >= 3
+    return (vu)_mm512_cvtepu16_epi32((__m256i)x);
+#elif ISA == 2
+    return (vu)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+    return __builtin_convertvector(x, vu);
+#endif
+}
+INLINE vh NAME(shorter)(vu x) {
+#if ISA >= 3
+    return (vh)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+    return __builtin_convertvector(x, vh);
+#endif
+}
+
 /* Widen 16 values at p to FP32: exact; FP8 is smaller by the power of two that its scale contains, and by UNDO. */
 INLINE void NAME(widen16)(const void *p, int kind, vf out[PARTS]) {
     if (kind == F32) {
@@ -75,7 +93,7 @@ INLINE void NAME(widen16)(const void *p, int kind, vf out[PARTS]) {
         for (int i = 0; i < PARTS; i++) {
             vh half;
             memcpy(&half, (const uint16_t *)p + i * VL, sizeof half);
-            out[i] = (vf)(__builtin_convertvector(half, vu) << 16);
+            out[i] = (vf)(NAME(longer)(half) << 16);
         }
     } else {
 #if SHIFT
@@ -175,7 +193,7 @@ INLINE void NAME(narrow_row)(void *y, int kind, int64_t at, const float *src, in
     }
     uint16_t *dst = (uint16_t *)y + at;
     for (int64_t i = 0; i < count; i += VL) {
-        vh half = __builtin_convertvector((vu)NAME(round_bf16)(NAME(load)(src + i)) >> 16, vh);
+        vh half = NAME(shorter)((vu)NAME(round_bf16)(NAME(load)(src + i)) >> 16);
         if (i + VL <= count) memcpy(dst + i, &half, sizeof half);
 #if ISA >= 3
         else _mm256_mask_storeu_epi16(dst + i, (__mmask16)((1u << (count - i)) - 1), (__m256i)half);
@@ -183,6 +201,31 @@ INLINE void NAME(narrow_row)(void *y, int kind, int64_t at, const float *src, in
         else memcpy(dst + i, &half, (size_t)(count - i) * 2);
 #endif
     }
+}
+
+/* LANES values, or the first `count` of them followed by zeros, at p in FP32. */
+INLINE void NAME(take)(const char *p, int kind, int64_t count, vf out[PARTS]) {
+    char tail[LANES * 4];
+    if (count < LANES) {
+        memset(tail, 0, sizeof tail);
+        memcpy(tail, p, (size_t)(count * size_of(kind)));
+        p = tail;
+    }
+    NAME(widen16)(p, kind, out);
+}
+
+/* Store LANES values, or the first `count` of them, at y in FP32 or BF16. */
+INLINE void NAME(give)(char *y, int kind, int64_t count, const vf v[PARTS]) {
+    float values[LANES];
+    if (kind == BF16 && count >= LANES) {
+        for (int i = 0; i < PARTS; i++) {
+            vh half = NAME(shorter)((vu)NAME(round_bf16)(v[i]) >> 16);
+            memcpy(y + i * VL * 2, &half, sizeof half);
+        }
+        return;
+    }
+    for (int i = 0; i < PARTS; i++) NAME(store)(values + i * VL, v[i]);
+    NAME(narrow_row)(y, kind, 0, values, least(LANES, count));
 }
 
 /* Amax of count values, a multiple of VL. NaN if there is one: as integers, NaNs are the largest. */
@@ -224,12 +267,11 @@ static float NAME(amax_of)(const char *x, int kind, int64_t count) {
     return peak;
 }
 
-/* v / scale, clamped and rounded to the nearest code's value, ties to even. NaN stays NaN.
+/* v, clamped and rounded to the nearest code's value, ties to even. NaN stays NaN.
 
    Adding and subtracting 1.5 * 2^(e + 23 - mantissa) rounds to `mantissa` bits; e is the exponent of the value, at least
    that of the smallest normal number. */
-INLINE vf NAME(round_to)(vf v, float scale, Format f) {
-    v = v / scale;
+INLINE vf NAME(round_quotient)(vf v, Format f) {
 #if ISA >= 3 /* of a number and NaN these return the second operand; the compiler's code for SELECT takes twice as long */
     v = (vf)_mm512_min_ps(_mm512_set1_ps(f.limit), (__m512)v);
     v = (vf)_mm512_max_ps(_mm512_set1_ps(-f.limit), (__m512)v);
@@ -244,7 +286,38 @@ INLINE vf NAME(round_to)(vf v, float scale, Format f) {
     return (vf)((vi)((v + magic) - magic) | ((vi)v & (int32_t)0x80000000)); /* values rounded to zero keep their sign */
 }
 
-/* e^x for x <= 0, to 2 ulp; results under e^-87 are treated as 0. */
+/* v / scale, rounded so. */
+INLINE vf NAME(round_to)(vf v, float scale, Format f) { return NAME(round_quotient)(v / scale, f); }
+
+/* v / scale, which is at most a format's limit, rounded correctly but for the sign of zero; inverse: 1 / scale. The remainder of
+   a quotient that is a bit off gives the right one (Markstein 1990), in a third of a division's time. */
+INLINE vf NAME(quotient)(vf v, float scale, float inverse) {
+#if ISA >= 3
+    const __m512 by = _mm512_set1_ps(inverse), near = (__m512)v * by;
+    return (vf)_mm512_fmadd_ps(_mm512_fnmadd_ps(near, _mm512_set1_ps(scale), (__m512)v), by, near);
+#else
+    return v / scale;
+#endif
+}
+
+/* 1 / scale if that is exact, so that a product with it is the quotient; else 0. A division takes as long as all else that
+   rounding needs. */
+static inline float NAME(exact_reciprocal)(float scale) {
+    uint32_t bits;
+    memcpy(&bits, &scale, 4);
+    return bits & 0x7FFFFF || bits - 0x00800000 >= 0x7E000000 ? 0 : 1 / scale; /* both are normal numbers */
+}
+
+/* The lesser of v and a number; NaN stays NaN. */
+INLINE vf NAME(at_most)(vf v, float most) {
+#if ISA >= 3
+    return (vf)_mm512_min_ps(_mm512_set1_ps(most), (__m512)v);
+#else
+    return SELECT(v > most, NAME(splat)(most), v);
+#endif
+}
+
+/* e^x for x <= 87, to 2 ulp; results under e^-87 are treated as 0. */
 INLINE vf NAME(exp)(vf x) {
 #if ISA >= 3
     x = (vf)_mm512_max_ps(_mm512_set1_ps(-87.0f), (__m512)x); /* of a number and NaN, NaN */
@@ -262,6 +335,16 @@ INLINE vf NAME(exp)(vf x) {
     p = p * r * r + r + 1.0f;
     vu power = (vu)__builtin_convertvector(whole, vi) << 23;
     return (vf)((vu)p + power);
+}
+
+/* 1 / v for 1 <= v <= 2^125, to 1 ulp. */
+INLINE vf NAME(reciprocal)(vf v) {
+#if ISA >= 3
+    vf near = (vf)_mm512_rcp14_ps((__m512)v);
+    return near * (2 - v * near);
+#else
+    return 1 / v;
+#endif
 }
 
 /* Transpose LANES rows at `from`, `stride` values apart: to [LANES][LANES]. */
