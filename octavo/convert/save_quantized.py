@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from octavo.convert.cache_scales import scales_to_measure
-from octavo.convert.calibration import LayerLosses, Stash, calibrate
+from octavo.convert.calibration import LayerLosses, Stash, calibrate, stash_bytes
 from octavo.convert.output_config import quantization_config
 from octavo.convert.output_directory import OutputDirectory
 from octavo.convert.quantize_plan import Plan
@@ -62,7 +62,8 @@ def save_quantized(
             )
         if windows:
             plan.check_rounds("--calibrate", by_text=True)
-        directory = OutputDirectory(output, checkpoint, output_files(plan, output), job_of(own, False, windows=windows), FLAG)
+        job, beside = job_of(own, False, windows=windows), stash_bytes(plan, config, windows)
+        directory = OutputDirectory(output, checkpoint, output_files(plan, output), job, FLAG, beside)
         if directory.is_complete():
             return f"weights taken from {output}, which an earlier start made of {model}"
         with directory:

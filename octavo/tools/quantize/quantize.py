@@ -14,7 +14,7 @@ import torch
 
 from octavo.config import EngineConfig
 from octavo.convert.cache_scales import STRATEGIES, scales_to_measure
-from octavo.convert.calibration import WINDOW, Stash, calibrate
+from octavo.convert.calibration import WINDOW, Stash, calibrate, stash_bytes
 from octavo.convert.output_config import quantization_config
 from octavo.convert.output_directory import MARKER, OutputDirectory
 from octavo.convert.quantize_plan import Plan, names_of
@@ -150,7 +150,8 @@ def quantize_checkpoint(
         for line in plan.notes():
             say(line)
         files = output_files(plan, output)
-        directory = OutputDirectory(output, checkpoint, files, job_of(rules, search, requantize_int4, windows, kv_cache_scheme))
+        job = job_of(rules, search, requantize_int4, windows, kv_cache_scheme)
+        directory = OutputDirectory(output, checkpoint, files, job, beside=stash_bytes(plan, config, windows))
         if output.is_dir() and directory.is_complete():
             say(f"{output} is finished already: made of {model} with these settings")
         else:
