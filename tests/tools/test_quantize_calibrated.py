@@ -28,6 +28,7 @@ from octavo.demo import HELDOUT, MODEL_DIR
 from octavo.engine.calibration_text import DEFAULT, calibration_windows
 from octavo.errors import OctavoError
 from octavo.files import KEY_ROUNDING
+from octavo.models.overrides import overridden
 from octavo.platform import detect
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, QuantRules, Scheme
 from octavo.quant.scheme import FP8_W8A16
@@ -250,6 +251,37 @@ def test_what_is_stored_in_codes_and_what_no_text_reads_stay_plain(tmp_path: Pat
     assert "saved, 1 of 7 matrices calibrated by" in told
 
 
+def test_the_model_is_calibrated_as_it_will_be_served(tmp_path: Path) -> None:
+    """With --hf-overrides codes are those of a config.json that says so; the output's is the model's, for the next start."""
+    model = llama(tmp_path / "model", num_hidden_layers=2)
+    other = llama(tmp_path / "other", num_hidden_layers=2)
+    theta = {"rope_theta": 20.0}
+    config = json.loads((model / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(overridden(config, theta)))
+    calibrated(other, tmp_path / "expected")
+    calibrated(model, tmp_path / "plain")
+    calibrated(model, tmp_path / "found", overrides=theta)
+    told = "quantized weights saved in"
+    assert save_quantized(
+        model, config, tmp_path / "saved", QuantRules(FP8_PER_CHANNEL), detect("cpu"), 1, None, windows(), theta
+    ).startswith(told)
+    expected = in_bytes_of(tmp_path / "expected")
+    assert in_bytes_of(tmp_path / "plain") != expected
+    for name in ("found", "saved"):
+        assert in_bytes_of(tmp_path / name) == expected
+        assert (tmp_path / name / "config.json").read_text() == (tmp_path / "plain/config.json").read_text()
+        with pytest.raises(OctavoError) as raised:
+            calibrated(model, tmp_path / name, overrides={"rope_theta": 30.0})
+        assert_sentence(raised.value, "other settings", "'hf_overrides'" if name == "found" else "differs")
+    with pytest.raises(OctavoError, match="--hf-overrides: nothing changes nothing"):
+        calibrated(model, tmp_path / "wrong", overrides={"nothing": 1})
+    assert not (tmp_path / "wrong").exists()
+
+
+def in_bytes_of(directory: Path) -> dict[str, Any]:
+    return {name: in_bytes(tensor) for name, tensor in tensors_of(directory).items()}
+
+
 @cases("asked", [FP8_PER_CHANNEL, FP8_W8A16])
 @cases("have", [FP8_PER_CHANNEL, FP8_W8A16])
 def test_codes_that_are_kept_are_not_calibrated(have: Scheme, asked: Scheme, tmp_path: Path) -> None:
@@ -302,6 +334,7 @@ def test_the_command_on_the_demo_model(tmp_path: Path, capsys: pytest.CaptureFix
 
 FAULTS = {
     "tokens alone": (["--calibration-tokens", "4096"], ("--calibration-tokens", "--calibrate")),
+    "overrides alone": (["--hf-overrides.rope_theta", "9"], ("--hf-overrides is for --calibrate",)),
     "few tokens": (["--calibrate", "--calibration-tokens", "100"], ("--calibration-tokens 100", "512")),
     "no file": (["--calibrate", "nothing.txt"], ("nothing.txt cannot be read",)),
     "the model in its place": (["--calibrate", str(MODEL_DIR)], ("is a directory", "stands before --calibrate")),
