@@ -78,7 +78,7 @@ COMMANDS = {
         "octavo.tools.quantize.quantize",
         "write an FP8 checkpoint to keep",
         "octavo quantize ./Llama-3.1-8B-Instruct -o ./Llama-3.1-8B-Instruct-FP8 --verify",
-        (*WEIGHTS, "device", "threads"),
+        (*WEIGHTS, "hf_overrides", "device", "threads"),
     ),
     "chat": Command(
         "octavo.tools.chat.terminal",

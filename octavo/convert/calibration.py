@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,16 +25,19 @@ from octavo import ops
 from octavo.convert.cache_scales import SCALES, CacheScales
 from octavo.convert.calibrated_layer import CalibratedLayer, Loss, State, together
 from octavo.convert.key_rounding import Rounding, write_key_rounding
+from octavo.convert.output_directory import StashBytes
 from octavo.convert.output_file import write_error
 from octavo.convert.quantize_plan import Piece, Plan
 from octavo.distributed import TensorParallel
 from octavo.host import keep
+from octavo.layers.attention import PagedAttention
 from octavo.models import build_model
 from octavo.models.common import DecoderLM
 from octavo.models.interface import ModelInput, StageState
 from octavo.platform import Platform
+from octavo.weights.checkpoint import DTYPES
 
-__all__ = ["WINDOW", "LayerLosses", "Stash", "calibrate"]
+__all__ = ["WINDOW", "LayerLosses", "Stash", "calibrate", "stash_bytes"]
 
 KEYS = "key_influence", "key_order"  # of a layer, beside its codes and the scales of its cache
 ENDS = tuple(f".{name}" for name in SCALES)
@@ -128,6 +132,19 @@ class Stash:
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise write_error(error, path, sum(tensor.nbytes for tensor in tensors.values())) from None
+
+
+def stash_bytes(plan: Plan, config: Mapping[str, Any], windows: Sequence[Sequence[int]]) -> StashBytes:
+    """What `calibrate` writes to a stash, and how keys are rounded to a file beside it, about. Arguments: as there."""
+    if not windows:
+        return StashBytes()
+    model = cast("DecoderLM", build_model(config, TensorParallel(), 1))
+    made = (out for piece in plan.quantized if not piece.is_kept for out in piece.outputs())
+    codes = sum(prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in made)
+    attention = (module for module in model.modules() if isinstance(module, PagedAttention))
+    rounding = sum(4 * one.kv_heads * one.head_dim * (one.head_dim + 1) for one in attention)
+    state = sum(map(len, windows)) * model.config.hidden_size * 2 * torch.bfloat16.itemsize  # the output and the residual
+    return StashBytes(codes + 2 * rounding, min(2, model.config.num_hidden_layers - 1) * state)
 
 
 def calibrate(

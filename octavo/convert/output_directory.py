@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, NamedTuple, Self
 
 from octavo.convert.output_file import OutputFile, write_error, write_json
 from octavo.errors import OctavoError
@@ -23,7 +23,7 @@ from octavo.files import KEY_ROUNDING
 from octavo.version import __version__
 from octavo.weights.checkpoint import INDEX, Checkpoint
 
-__all__ = ["MARKER", "ORIGIN", "STASH", "OutputDirectory"]
+__all__ = ["MARKER", "ORIGIN", "STASH", "OutputDirectory", "StashBytes"]
 
 MARKER = ".octavo-quantize.json"
 ORIGIN = ".octavo-origin.json"
@@ -33,6 +33,13 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".
 REPLACED = {"config.json", "hf_quant_config.json", INDEX}
 
 
+class StashBytes(NamedTuple):
+    """What calibration writes beside the files. kept: until these are whole. states: while it computes, before any is begun."""
+
+    kept: int = 0
+    states: int = 0
+
+
 class OutputDirectory:
     """The directory `path`, this process's alone between entry and exit. Raises OctavoError where it may not be used.
 
@@ -40,9 +47,15 @@ class OutputDirectory:
     """
 
     def __init__(
-        self, path: Path, source: Checkpoint, files: Mapping[str, OutputFile], job: Mapping[str, Any], flag: str = "-o"
+        self,
+        path: Path,
+        source: Checkpoint,
+        files: Mapping[str, OutputFile],
+        job: Mapping[str, Any],
+        flag: str = "-o",
+        beside: StashBytes = StashBytes(),  # noqa: B008 (it is never changed)
     ):
-        self.path, self.source, self.flag = path, source, flag
+        self.path, self.source, self.flag, self.beside = path, source, flag, beside
         there = self._nearest()
         if not there.is_dir():
             below = "" if there == path.absolute() else f", so there can be no {path}"
@@ -145,8 +158,10 @@ class OutputDirectory:
             left.unlink()
 
     def _check_room(self) -> None:
-        needed = sum(self.files[name].nbytes for name in self.unfinished())
-        left = sum(file.partial.stat().st_size for file in self.files.values() if file.partial.exists())
+        files = sum(self.files[name].nbytes for name in self.unfinished())
+        needed = self.beside.kept + max(files, self.beside.states)
+        partial = [file.partial for file in self.files.values() if file.partial.exists()]
+        left = sum(path.stat().st_size for path in (*partial, *self.stash.glob("*")))
         free = shutil.disk_usage(self._nearest()).free + left
         if free < needed:
             raise OctavoError(

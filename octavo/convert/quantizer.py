@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -63,10 +63,13 @@ def job_of(
     requantize_int4: bool = False,
     windows: Sequence[Sequence[int]] = (),
     kv_cache_scheme: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What must be the same for a run to continue another one's work. `windows`: token ids to calibrate by, if any."""
+    """What must be the same for a run to continue another one's work. `windows`: token ids to calibrate by, if any.
+    `overrides`: what the calibrated model has in place of config.json's values."""
     text = hashlib.sha256(json.dumps([list(w) for w in windows]).encode()).hexdigest()
     by_text = {"calibration": text, "states": STATES, "kv_cache_scheme": kv_cache_scheme}
+    by_text |= {"hf_overrides": json.dumps(overrides, sort_keys=True, default=str)} if overrides else {}
     return (by_text if windows else {}) | {
         "scheme": rules.scheme.name + (" of INT4, too" if requantize_int4 else ""), "ignore": list(rules.ignore),
         "lm_head": rules.quantize_lm_head, "scale_search": search,

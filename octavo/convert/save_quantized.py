@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from octavo.convert.cache_scales import scales_to_measure
-from octavo.convert.calibration import LayerLosses, Stash, calibrate
+from octavo.convert.calibration import LayerLosses, Stash, calibrate, stash_bytes
 from octavo.convert.output_config import quantization_config
 from octavo.convert.output_directory import OutputDirectory
 from octavo.convert.quantize_plan import Plan
 from octavo.convert.quantizer import job_of, output_files, remaining, write_files
 from octavo.errors import OctavoError
 from octavo.files import KEY_ROUNDING
+from octavo.models.overrides import overridden
 from octavo.platform import Platform
 from octavo.quant import QuantRules
 from octavo.weights.checkpoint import Checkpoint, RowReader, Scratch
@@ -40,10 +41,12 @@ def save_quantized(
     threads: int,
     progress: Callable[[float], None] | None = None,
     windows: Sequence[Sequence[int]] = (),
+    overrides: Mapping[str, Any] | None = None,
 ) -> str:
     """Makes `output` the checkpoint `model` (whose config.json holds `config`) quantized as `rules` say, and says what it did.
 
-    windows: token ids to calibrate by, if any, on `platform`. A head that is tied to the embeddings stays as it is there, and
+    windows: token ids to calibrate by, if any, on `platform`, as the model with `overrides` computes, which config.json does
+    not get: who reads it is given them again. A head that is tied to the embeddings stays as it is there, and
     is quantized by the start that reads it. Writes nothing where an earlier start finished the same. Raises OctavoError for a
     directory that holds something else, for a checkpoint whose stored FP8 codes are of another scheme than is asked for, and
     for one that has nothing to calibrate.
@@ -52,7 +55,8 @@ def save_quantized(
     with closing(Checkpoint(model)) as checkpoint:
         tied = rules.quantize_lm_head and config.get("tie_word_embeddings") is True
         own = replace(rules, used=set(), quantize_lm_head=rules.quantize_lm_head and not tied)
-        scales = scales_to_measure(checkpoint, config, None) if windows else None
+        computed = overridden(config, overrides) if windows else config
+        scales = scales_to_measure(checkpoint, computed, None) if windows else None
         plan = Plan(checkpoint, RowReader(checkpoint, platform, Scratch()), dict(config), own, cache_scales=scales)
         if other := next((piece for piece in plan.pieces if piece.stored and not piece.is_kept), None):
             assert other.stored is not None
@@ -62,13 +66,14 @@ def save_quantized(
             )
         if windows:
             plan.check_rounds("--calibrate", by_text=True)
-        directory = OutputDirectory(output, checkpoint, output_files(plan, output), job_of(own, False, windows=windows), FLAG)
+        job, beside = job_of(own, False, windows=windows, overrides=overrides), stash_bytes(plan, computed, windows)
+        directory = OutputDirectory(output, checkpoint, output_files(plan, output), job, FLAG, beside)
         if directory.is_complete():
             return f"weights taken from {output}, which an earlier start made of {model}"
         with directory:
             stash = Stash(directory.stash) if windows else None
             if stash is not None:
-                calibrate(plan, config, windows, here, stash, threads, _told_of_layers(progress))
+                calibrate(plan, computed, windows, here, stash, threads, _told_of_layers(progress))
             write_files(plan, directory, platform, False, threads, _Told(remaining(plan, directory), progress), stash)
             if stash is not None:
                 stash.write_key_rounding(output / KEY_ROUNDING)

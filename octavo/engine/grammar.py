@@ -92,6 +92,8 @@ class Grammar:
         if not self._matcher.is_error():
             return None
         lines = str(self._matcher.get_error()).strip().splitlines() or ["it is too complex"]
+        if lines[0] == "NoExtensionBias":
+            return "no token fits it."
         return lines[0][:200].rstrip(".") + "."
 
     def forbidden(self) -> Tensor:

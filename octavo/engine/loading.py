@@ -127,7 +127,9 @@ def _save(
         threads = config.threads or len(os.sched_getaffinity(0))
         shown = partial(progress, f"saving quantized weights ({rules.scheme.name})") if progress else None
         windows = calibration_windows(model, config.calibrate, TOKENS) if config.calibrate else ()
-        notes.append(save_quantized(model, read_config(model), output, rules, platform, threads, shown, windows))
+        overrides = cast("dict[str, Any] | None", config.hf_overrides)
+        given = read_config(model)
+        notes.append(save_quantized(model, given, output, rules, platform, threads, shown, windows, overrides))
     tp.engine.least(0)
     return notes
 

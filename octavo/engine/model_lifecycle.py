@@ -42,6 +42,7 @@ from octavo.models import read_config
 from octavo.models.interface import FusedModel
 from octavo.models.overrides import overridden
 from octavo.quant.checks import check_format
+from octavo.weights import LoadReport
 
 __all__ = ["ModelLifecycle"]
 
@@ -81,8 +82,11 @@ class ModelLifecycle:
     def load_weights(self) -> None:
         """Loads the weights, which `sleep` frees."""
         self.platform.release()  # memory of an earlier engine in this process must count as free
-        self.report, _ = load_model(self.model, self.config, self.platform, self.dtype, self.progress, self.tp)
-        self.report.notes.extend(without_effect(self.config, self.platform, self.tp, self.encoder is not None))
+        self._loaded(load_model(self.model, self.config, self.platform, self.dtype, self.progress, self.tp)[0])
+
+    def _loaded(self, report: LoadReport) -> None:
+        self.report = report
+        report.notes.extend(without_effect(self.config, self.platform, self.tp, self.encoder is not None))
 
     def make_runnable(self) -> None:
         """Makes the cache and captures graphs, which `sleep` frees; weights must be loaded."""
@@ -94,14 +98,14 @@ class ModelLifecycle:
         log.info("ops: %s", ops.table())
 
     def _make_cache(self) -> None:
-        config, cpu = self.config, self.platform.is_cpu
+        config, cpu, notes = self.config, self.platform.is_cpu, list[str]()
         kinds = (config.kv_cache_dtype, config.kv_cache_dtype_skip_layers), ("bfloat16", ()), ("fp8_e4m3", ())
         specs, *others = (cache_specs(self.model, kind, self.dtype, self.platform, skipped) for kind, skipped in kinds)
         self.bytes_per_token, self.dense_bytes_per_token, fp8 = (
             sum(one.bytes_per_token for one in each) for each in (specs, *others)
         )
         if config.kv_cache_dtype_skip_layers and len({spec.bytes_per_token for spec in specs}) == 1:
-            self.report.note("--kv-cache-dtype-skip-layers leaves all layers alike: it names all, or none that is FP8")
+            notes.append("--kv-cache-dtype-skip-layers leaves all layers alike: it names all, or none that is FP8")
         self.cache_format = cache_format(specs, config.kv_cache_dtype)
         images = 0 if self.encoder is None else self.encoder.plan(config, self.limits.positions, self.dtype)
         working = images + self.model.workspace_bytes(self.max_num_batched_tokens) + config.sampling_bytes(self.vocabulary.size)
@@ -110,9 +114,11 @@ class ModelLifecycle:
         positions, held, most = self.limits.positions, self.report.total("held"), self.model.limits().positions
         budget = plan_blocks(config, self.platform, self.bytes_per_token, positions, held, working, most, fp8, images)
         self.max_model_len, self.num_blocks = self.tp.engine.least(budget.max_model_len, budget.num_blocks)
-        self.report.notes.extend(budget.notes)
+        notes.extend(budget.notes)
         if self.max_model_len < budget.max_model_len:
-            self.report.note(f"max_model_len lowered to {self.max_model_len}: another rank has less memory")
+            notes.append(f"max_model_len lowered to {self.max_model_len}: another rank has less memory")
+        self._cache_notes = notes
+        self.report.notes.extend(notes)
         messages = cpu and self.tp.engine.size > 1  # no recording has gloo's
         self.captures = not (config.enforce_eager or messages) and self.model.limits().eager is None
         scratch = self.captures and not cpu  # one block outside the pool, to which padding rows of graphs write
@@ -172,9 +178,11 @@ class ModelLifecycle:
             raise
 
     def _overwrite(self, config: EngineConfig) -> None:
-        self.report, complete = reload_model(self.model, config, self.platform, self.dtype, self.progress, self.tp)
+        report, complete = reload_model(self.model, config, self.platform, self.dtype, self.progress, self.tp)
         self.config, self.directory = config, Path(config.model)
+        self._loaded(report)
         if hasattr(self, "cache"):
+            report.notes.extend(self._cache_notes)
             self._set_kv_scales()
             if not complete and self.graphs is not None:
                 self._make_graphs()

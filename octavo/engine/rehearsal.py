@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import cast
 
@@ -31,7 +31,7 @@ from octavo.weights.meta import MetaSource
 
 __all__ = ["Rehearsal", "compile_in_processes", "rehearsing"]
 
-WORD = 2  # bytes of a job's number
+WORD = 4  # bytes of a job's number
 
 
 class Rehearsal(ModelRunner):
@@ -75,14 +75,19 @@ def rehearsing(device: Described) -> Iterator[Jobs]:
 def compile_in_processes(jobs: Sequence[Job], count: int) -> int:
     """Does the jobs in `count` forked processes. Returns how many failed; stderr says why."""
     read, write = os.pipe()
-    os.write(write, b"".join(number.to_bytes(WORD, "big") for number in range(len(jobs))))
-    os.close(write)  # whoever reads the pipe's end has nothing more to do
     children = []
     for _ in range(min(count, len(jobs))):
         if not (child := os.fork()):
+            os.close(write)  # whoever reads the pipe's end has nothing more to do
             os._exit(min(255, _work(read, jobs)))
         children.append(child)
     os.close(read)
+    with (
+        os.fdopen(write, "wb", buffering=0) as numbers,
+        suppress(BrokenPipeError),
+    ):  # where no process is left, exit codes say so
+        for number in range(len(jobs)):  # the pipe holds so many, and the rest waits for readers
+            numbers.write(number.to_bytes(WORD, "big"))
     return sum(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
 
 

@@ -28,12 +28,12 @@ def write_line(to: socket.socket, message: Message) -> None:
 
 def read_line(source: socket.socket) -> Message | None:
     """The first message of a new connection, and not a byte more; None where it is none, such as a port scanner's."""
-    data = b""
+    data = bytearray()
     try:
         while not data.endswith(b"\n") and len(data) < LONGEST:
-            if not (byte := source.recv(1)):
+            if not (there := source.recv(1 << 16, socket.MSG_PEEK)):
                 return None
-            data += byte
+            data += source.recv(there.find(b"\n") + 1 or len(there))
         message = json.loads(data)
     except (OSError, ValueError, RecursionError):
         return None

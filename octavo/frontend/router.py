@@ -107,6 +107,7 @@ class Replicas:
         self.engines: list[AsyncEngine | None] = list(engines)  # None: dead, and being started again
         self._load = [0] * len(engines)  # running sequences
         self._prefixes = [Prefixes() for _ in engines]
+        self._routed: tuple[Sequence[int], list[bytes]] = ((), [])  # the prompt that `route` saw last, and its chunks
         self._listeners: list[Listener] = []
         self.prepare: Callable[[AsyncEngine], Awaitable[None]] | None = None  # of an engine that was started again
         self._given_up = 0  # engines that are not started any more
@@ -189,7 +190,7 @@ class Replicas:
         chunks, least = chunks_of(token_ids, salt, images), min(self._load[number] for number in alive)
         busy = [number for number in alive if self._load[number] <= least + MORE]
         best = max(busy, key=lambda number: (self._prefixes[number].length(chunks), -self._load[number]))
-        self._prefixes[best].add(chunks)
+        self._routed = token_ids, chunks
         return best
 
     def generate(
@@ -206,6 +207,10 @@ class Replicas:
         if (engine := self.engines[number]) is None:
             raise EngineDead(f"Engine {number} has died and is being started again; send the request again.")
         deltas = engine.generate(prompt_token_ids, params, request_id, cache_salt, images, tap=tap)
+        routed, chunks = self._routed  # just now, where the caller did not wait in between
+        if routed is not prompt_token_ids:
+            chunks = chunks_of(prompt_token_ids, cache_salt, images)
+        self._prefixes[number].add(chunks)  # a request that is refused leaves nothing in the engine's cache
         return cast("AsyncGenerator[Delta]", _Counted(deltas, self._load, number, params.n))
 
     async def shutdown(self, drain_seconds: float = 0.0) -> None:

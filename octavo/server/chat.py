@@ -15,19 +15,20 @@ from octavo.frontend.outputs import Delta
 from octavo.images import PlacedImage
 from octavo.messages import SamplingParams
 from octavo.server.chat_images import HeldImages
+from octavo.server.chat_pieces import Piece, WholeChoice, told
 from octavo.server.chat_tools import ChatTools
 from octavo.server.completions import Usage, stream_extras
 from octavo.server.events import MARK, Chunk, Event, EventStream, Frame, Writer, encoded, head_of
 from octavo.server.http import Answer
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs
-from octavo.server.parsers.reasoning import MessageReader, ThinkKeeper, ThinkSplitter, join_delta, joined, make_splitter
+from octavo.server.parsers.reasoning import MessageReader, ThinkKeeper, ThinkSplitter, make_splitter
 from octavo.server.parsers.registry import call_form, id_maker
 from octavo.server.protocol import ChatInput, ChatRequest, TokenizeRequest
 from octavo.server.serving import Served
 from octavo.server.structured import structured_output
 from octavo.text.tool_prompt import CallForm
 
-__all__ = ["ChatJob", "Piece", "begin", "chat", "count_tokens", "read_chat"]
+__all__ = ["ChatJob", "begin", "chat", "count_tokens", "read_chat"]
 
 _CHUNK = "chat.completion.chunk"
 _TEXTS = frozenset({"content", "reasoning_content"})  # parts of a delta that are texts
@@ -119,34 +120,6 @@ class _Prompt:
     token_ids: list[int]
 
 
-@dataclass(slots=True)
-class Piece:
-    """What an engine step adds to a choice. `message`: content, reasoning_content and tool_calls, as a stream's delta."""
-
-    index: int
-    message: dict[str, Any]
-    logprobs: dict[str, Any] | None
-    finish_reason: str | None
-    stop_reason: int | str | None
-    token_ids: list[int]
-
-
-class _Whole:
-    """The pieces of a choice that is not streamed."""
-
-    def __init__(self) -> None:
-        self.message: dict[str, Any] = {}
-        self.logprobs: list[Any] = []
-        self.token_ids: list[int] = []
-        self.end: tuple[str | None, int | str | None] = (None, None)
-
-    def add(self, piece: Piece) -> None:
-        join_delta(self.message, piece.message)
-        self.token_ids += piece.token_ids
-        self.logprobs += piece.logprobs["content"] if piece.logprobs else []
-        self.end = piece.finish_reason, piece.stop_reason
-
-
 class ChatJob:
     """One chat request in progress."""
 
@@ -187,12 +160,13 @@ class ChatJob:
         return make_splitter(name, prompt)
 
     def stream(self) -> EventStream:
-        """For each choice a chunk with its role, then one chunk per engine step, because clients time the chunks."""
+        """For each choice a chunk with its role, then one per engine step, because clients time them, but for a step of which
+        nothing is told yet."""
         return EventStream(self._events(), self._open)
 
     async def whole(self) -> dict[str, Any]:
         """All choices, complete."""
-        made = [_Whole() for _ in self.readers]
+        made = [WholeChoice() for _ in self.readers]
 
         def collect(delta: Delta) -> bool:
             made[delta.index].add(self._read(delta))
@@ -204,7 +178,7 @@ class ChatJob:
                 made[piece.index].add(piece)
         choices = []
         for i, one in enumerate(made):
-            fields = {"message": _message(one.message), **self._ids(one.token_ids)}
+            fields = {"message": one.message(), **self._ids(one.token_ids)}
             choices.append(_choice(i, fields, {"content": one.logprobs} if self.request.logprobs else None, *one.end))
         answer = {**self.head, "object": "chat.completion", "choices": choices, "usage": self.usage.dict()}
         answer |= self.prompt_fields
@@ -223,7 +197,8 @@ class ChatJob:
                     else:  # they may be megabytes, and come with the first choice
                         yield {**self.head, "object": _CHUNK, **first, "prompt_logprobs": self.prompt_logprobs}
                     first_fields = {}
-                yield self._chunk(piece)
+                if piece.tells:
+                    yield self._chunk(piece)
         if self.request.stream_options.include_usage:
             yield {**self.head, "object": _CHUNK, "choices": [], "usage": self.usage.dict()}
 
@@ -235,6 +210,8 @@ class ChatJob:
         if not writer.ready or delta.index not in self._begun:
             return False
         piece = self._read(delta)
+        if not piece.tells:
+            return True
         if not self._uniform or len(piece.message) != 1 or (kind := next(iter(piece.message))) not in _TEXTS:
             writer.write(encoded(self._chunk(piece)))
             return True
@@ -245,7 +222,7 @@ class ChatJob:
         return True
 
     def _chunk(self, piece: Piece) -> Chunk:
-        fields = {"delta": _told(piece.message), **self._ids(piece.token_ids)}
+        fields = {"delta": told(piece.message), **self._ids(piece.token_ids)}
         choice = _choice(piece.index, fields, piece.logprobs, piece.finish_reason, piece.stop_reason)
         return Chunk(self._chunk_head, {"choices": [choice], **stream_extras(self.request, self.usage)})
 
@@ -275,7 +252,8 @@ class ChatJob:
         logprobs = None
         if self.request.logprobs and delta.logprobs is not None:
             logprobs = chat_logprobs(self.served.tokenizer, delta.logprobs, self.request.return_tokens_as_token_ids)
-        return Piece(delta.index, message, logprobs, reason, delta.stop_reason, delta.token_ids)
+        ids = delta.token_ids if self.request.return_token_ids else []
+        return Piece(delta.index, message, logprobs, reason, delta.stop_reason, ids)
 
 
 def _choice(
@@ -286,15 +264,3 @@ def _choice(
     stop_reason: int | str | None = None,
 ) -> dict[str, Any]:
     return {"index": index, **fields, "logprobs": logprobs, "finish_reason": reason, "stop_reason": stop_reason}
-
-
-def _told(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with its reasoning under both names: clients of vLLM read the newer one, DeepSeek's the older."""
-    reasoning = message.get("reasoning_content")
-    return message if reasoning is None else {"reasoning": reasoning, **message}
-
-
-def _message(deltas: dict[str, Any]) -> dict[str, Any]:
-    parts = _told(joined(deltas))
-    content = parts.get("content", "")
-    return {"role": "assistant", **parts, "content": content if content.strip() or not parts.get("tool_calls") else None}

@@ -21,6 +21,10 @@ __all__ = [
 
 ContentFormat = Literal["string", "openai", "either"]
 CONTENT_FORMATS = ("auto", "string", "openai")
+_CONTENT = "a string or a list of parts like {'type': 'text', 'text': ...}"
+_TEXTS = ("text", "input_text", "refusal")  # types of parts that are texts
+_KINDS = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list", Mapping: "an object",
+          type(None): "null"}  # fmt: skip
 
 
 def check_content_format(name: str) -> str:
@@ -88,12 +92,12 @@ def _content(content: Any, where: str, form: ContentFormat, texts: _Texts) -> st
         if form != "openai":
             return content or ""
         content = [content] if content else []
-    parts = [_part(part, where, texts) for part in _list(content, where)]
+    parts = [_part(part, number, where, texts) for number, part in enumerate(_list(content, where, _CONTENT))]
     return parts if form != "string" else "\n".join(part.get("text") or texts.get(part["type"]) or "" for part in parts)
 
 
-def _part(part: Any, where: str, texts: _Texts) -> dict[str, str]:
-    """As templates read it."""
+def _part(part: Any, number: int, where: str, texts: _Texts) -> dict[str, str]:
+    """As templates read it, of the content `where`."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
     medium = _medium(part)
@@ -102,13 +106,16 @@ def _part(part: Any, where: str, texts: _Texts) -> dict[str, str]:
     if medium == "image":
         raise InvalidRequest(f"This model reads no images here, and {where} holds one; send text alone.", where)
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in ("text", "input_text", "refusal"):
+    if kind in _TEXTS:
         text = part.get("text", part.get("refusal"))
         if isinstance(text, str):
             return {"type": "text", "text": text}
     if isinstance(kind, str) and kind.split("_")[0] in ("input", "video", "audio", "image"):
         raise InvalidRequest(f"{where} holds a part of type '{kind}', which is not served; leave it out.", where)
-    raise InvalidRequest(f"{where} should be a string or a list of parts like {{'type': 'text', 'text': ...}}.", where)
+    told = _kind_of(part)
+    if isinstance(part, Mapping):
+        told = "a text without a text" if kind in _TEXTS else "an object without such a type"
+    raise InvalidRequest(f"{where} should be {_CONTENT}, and its part {number} is {told}.", where)
 
 
 def _parts_of(message: Any) -> Sequence[Any]:
@@ -133,7 +140,12 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": {} if arguments is None else arguments}}
 
 
-def _list(value: Any, where: str) -> list[Any]:
+def _list(value: Any, where: str, what: str = "a list") -> list[Any]:
     if not isinstance(value, list):
-        raise InvalidRequest(f"{where} should be a list, not {type(value).__name__}.", where)
+        raise InvalidRequest(f"{where} should be {what}, not {_kind_of(value)}.", where)
     return value
+
+
+def _kind_of(value: Any) -> str:
+    """What a value is, in words of JSON."""
+    return next((name for kind, name in _KINDS.items() if isinstance(value, kind)), type(value).__name__)

@@ -6,6 +6,7 @@ that may add properties never ends. Schemas with `additionalProperties` or `unev
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,14 +14,17 @@ __all__ = ["closed", "referred"]
 
 _ONE = ("items", "contains", "additionalProperties", "propertyNames")  # keywords whose value is one schema
 _LISTED = ("prefixItems", "items")
-_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_DEFINED = ("$defs", "definitions")
+_NAMED = ("properties", "patternProperties", "dependentSchemas", *_DEFINED)
 _BRANCHES = ("anyOf", "oneOf")
 _SAID = ("additionalProperties", "unevaluatedProperties")
 MOST = 1 << 18  # schemas and names in a closed schema: copies of what is referred to may double at each reference
 
 
 def closed(schema: Any) -> Any:
-    """A copy of `schema` with all of its objects closed. Raises ValueError where that would be too large."""
+    """A copy of `schema` with all of its objects closed. Raises ValueError where that would be too large, and for a reference
+    that leads to itself."""
+    _check_references(schema)
     return _Closer(schema).close(schema)
 
 
@@ -31,8 +35,51 @@ def referred(node: Mapping[str, Any], root: Any) -> Mapping[str, Any] | None:
         return None
     found = root
     for step in where[1:].split("/")[1:]:
-        found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
+        if isinstance(found, list):
+            found = found[int(step)] if re.fullmatch("[0-9]{1,9}", step) and int(step) < len(found) else None
+        else:
+            found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
     return found if isinstance(found, Mapping) else None
+
+
+def _check_references(root: Any) -> None:
+    """Raises ValueError for a reference that is used and says of a value nothing but, in the end, itself."""
+    waiting, seen = [root], {}
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, Mapping) and id(node) not in seen:
+            seen[id(node)] = node
+            waiting += [referred(node, root), *_schemas_in(node)]
+    above: set[int] = set()  # of what is looked at, which all must hold for the same value
+    done: set[int] = set()
+    for start in seen.values():
+        path = [(start, _same_value(start, root))]
+        above.add(id(start))
+        while path:
+            node, rest = path[-1]
+            if not rest:
+                path.pop()
+                above.remove(id(node))
+                done.add(id(node))
+            elif isinstance(part := rest.pop(), Mapping) and id(part) not in done:
+                if id(part) in above:
+                    where = next(one["$ref"] for one, _ in reversed(path) if "$ref" in one)
+                    raise ValueError(f"its reference '{where}' leads back to itself alone; put it into a property or items")
+                above.add(id(part))
+                path.append((part, _same_value(part, root)))
+
+
+def _schemas_in(node: Mapping[str, Any]) -> list[Any]:
+    """The schemas within `node`, but for those that something must refer to."""
+    named = [node[key] for key in _NAMED if key not in _DEFINED and isinstance(node.get(key), Mapping)]
+    listed = [one for key in ("allOf", *_BRANCHES, *_LISTED) for one in _list(node, key)]
+    return [*(node.get(key) for key in _ONE), *listed, *(one for values in named for one in values.values())]
+
+
+def _same_value(node: Mapping[str, Any], root: Any) -> list[Any]:
+    """The schemas that a value of `node` must fit, too."""
+    only = [branches[0] for key in _BRANCHES if len(branches := _list(node, key)) == 1]
+    return [referred(node, root), *_list(node, "allOf"), *only]
 
 
 class _Closer:

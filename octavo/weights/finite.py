@@ -17,6 +17,7 @@ from octavo.errors import OctavoError
 
 __all__ = ["SCALES_OF_CACHES", "FiniteCheck"]
 
+AGAIN = "download it again, or convert it anew from the original weights."
 AT_ONCE = frozenset({"cpu"})  # devices whose results are read without waiting
 SCALES_OF_CACHES = ("k_scale", "v_scale", "kv_scale", "output_scale")
 SCALES_OF_WEIGHTS = ("weight_scale", "weight_scale_inv")
@@ -38,7 +39,10 @@ class FiniteCheck:
 
     def look(self, name: str, file: str, values: Tensor) -> None:
         """Checks `values`, a part of the tensor `name` in `file`, on any device. Thread-safe. Raises OctavoError at once for
-        damaged values on a CPU."""
+        damaged values on a CPU, and for scales that are integers, as bytes of others may be called by a damaged header."""
+        if _is_scale(name) and not values.is_floating_point() and values.dtype is not torch.uint8:
+            kind = str(values.dtype).removeprefix("torch.")
+            raise OctavoError(f"{name} in {file} is stored as {kind}, and scales are floating-point; {AGAIN}")
         if (found := _extremes(name, values)) is None:
             return
         if values.device.type in AT_ONCE:
@@ -70,9 +74,7 @@ class FiniteCheck:
             elif max(-low, high) > LARGEST_OF_WEIGHT:
                 wrong = f"the scale {low if -low > high else high:.3g}, which no weight has"
         if wrong:
-            raise OctavoError(
-                f"{name} in {file} holds {wrong}; download it again, or convert it anew from the original weights."
-            )
+            raise OctavoError(f"{name} in {file} holds {wrong}; {AGAIN}")
 
 
 def _is_scale(name: str) -> bool:

@@ -6,6 +6,7 @@ The first argument is what to do; the last line of stdout is JSON.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,15 @@ def in_processes() -> dict[str, Any]:
     return hits(jobs) | {"failed": failed, "cubins": kept, "CUDA C++": sorted({key[0] for key in chosen})}
 
 
+def many() -> dict[str, Any]:
+    """More jobs than a pipe holds numbers of, and than two bytes count; some fail, and one that is the last is done."""
+    count, (read, write) = 70_000, os.pipe()
+    jobs: list[Any] = [lambda: None] * count
+    jobs[-3:] = [lambda: 1 // 0, lambda: 1 // 0, lambda: os.write(write, b"done")]
+    failed = compile_in_processes(jobs, 2)
+    return {"failed": failed, "last": os.read(read, 99).decode(), "none": compile_in_processes([], 2)}
+
+
 def by_process() -> dict[str, Any]:
     """The process that an engine begins compiles what Triton's own hook is told of."""
     process, sent = CompileProcess(), list[Any]()
@@ -94,4 +104,4 @@ def walks() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"in_processes": in_processes, "by_process": by_process, "walks": walks}[sys.argv[1]]()))
+    print(json.dumps({"in_processes": in_processes, "many": many, "by_process": by_process, "walks": walks}[sys.argv[1]]()))

@@ -137,6 +137,26 @@ def test_what_is_no_number_is_refused_alike(
     assert not list(model.glob("out*/*.safetensors"))
 
 
+@cases("name", [f"{DOWN}.weight_scale", K_SCALE])
+@cases("stored", ["int4", *FP8])
+def test_scales_whose_header_calls_them_integers_are_refused_alike(
+    stored: str, name: str, sound: Callable[[str], tuple[Path, Tensors]], tmp_path: Path
+) -> None:
+    """Whatever they are: NaN, or what they were."""
+    config, tensors = sound(stored)
+    kind = {2: torch.int16, 4: torch.int32}[tensors[name].dtype.itemsize]
+    for value in (None, NAN):
+        if value is not None:
+            poke(tensors, name, value)
+        model = write(tmp_path / str(value), config, tensors | {name: tensors[name].view(kind)})
+        for reader in (serve, offline, convert):
+            with pytest.raises(OctavoError) as refusal:
+                reader(model, None)
+            assert str(refusal.value).startswith(
+                f"{name} in model.safetensors is stored as {str(kind).removeprefix('torch.')}, and scales are floating-point; "
+            )
+
+
 @cases("stored", ["bfloat16", "float16", "float32", "int4", *FP8])
 def test_numbers_are_served(stored: str, sound: Callable[[str], tuple[Path, Tensors]], tmp_path: Path) -> None:
     """Also the largest code, a matrix of zeros with scales of 0, as some tools write them, and codes that are -0."""

@@ -278,8 +278,12 @@ def test_a_choice_may_hold_any_character(llm, character):
 
 @pytest.mark.parametrize(
     ("kind", "grammar"),
-    [("regex", "a{300000}"), ("lark", "start: " + " | ".join(f'"item {i}"' for i in range(20_000)))],
-    ids=["regex", "alternatives"],
+    [
+        ("regex", "a{300000}"),
+        ("lark", "start: " + " | ".join(f'"item {i}"' for i in range(20_000))),
+        ("json_schema", '{"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}'),
+    ],
+    ids=["regex", "alternatives", "nothing fits"],
 )
 def test_a_grammar_that_breaks_ends_the_request_with_an_error(llm, kind, grammar):
     sentence = r"^The structured output cannot be followed any further: [^\n]+\.$"
@@ -291,6 +295,7 @@ def test_a_grammar_that_breaks_ends_the_request_with_an_error(llm, kind, grammar
         (out,) = result.outputs
         assert out.finish_reason == "abort" if given is wrong else out.text in ("ab", "cd")
         assert re.match(sentence, out.error) if given is wrong else out.error is None
+        assert "NoExtension" not in str(out.error)
     assert not llm._core.has_work()
     assert not llm._core.generations
     assert outputs(llm, "regex", "(ab|cd)")[0].text in ("ab", "cd")

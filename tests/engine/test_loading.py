@@ -127,6 +127,8 @@ def test_the_first_start_calibrates(model: Path, tmp_path: Path, monkeypatch: py
     assert logprobs(again) == logprobs(first) == logprobs(start(out, None))
     with pytest.raises(OctavoError, match=r"calibration"):
         start(model, out=out)
+    with pytest.raises(OctavoError, match=r"'hf_overrides' differs"):
+        start(model, out=out, calibrate=str(text), hf_overrides={"rope_theta": 9.0})
 
 
 def test_a_tied_head_stays_bf16_where_it_is_saved(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

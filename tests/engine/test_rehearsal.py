@@ -44,6 +44,10 @@ def test_an_image_has_what_a_start_looks_for(tmp_path: Path) -> None:
     assert "grouped_gemm.cu" not in found["CUDA C++"]  # the model has no experts
 
 
+def test_any_number_of_jobs_is_done(tmp_path: Path) -> None:
+    assert told("many", tmp_path) == {"failed": 2, "last": "done", "none": 0}
+
+
 def test_the_process_beside_an_engine_compiles_what_the_engine_launches(tmp_path: Path) -> None:
     """An unknown kernel and an ended process are errors, which no caller waits for in vain."""
     found = told("by_process", tmp_path)

@@ -169,6 +169,31 @@ def test_on_an_accelerator_graphs_and_addresses_stay(models: list[Path], scheme:
     assert generate(llm) == second
 
 
+@pytest.mark.parametrize("asleep", [False, True])
+def test_the_report_of_a_reload_says_what_the_start_said(models: list[Path], tmp_path: Path, asleep: bool) -> None:
+    """Of memory, and of what is without effect; those of the load, such as its seconds, are the reload's own."""
+    first, second = (Path(shutil.copytree(model, tmp_path / model.name)) for model in models[:2])
+    for model in (first, second):
+        config = (model / "config.json").read_text()
+        (model / "config.json").write_text(config.replace('"max_position_embeddings": 512', '"max_position_embeddings": 4096'))
+    flags: dict[str, Any] = dict(enable_expert_parallel=True, quantization_ignore=["lm_head"], max_model_len=None)
+    llm = load(first, cpu_kv_cache_gib=0.001, kv_cache_dtype="fp8", kv_cache_dtype_skip_layers=["0", "1", "2"], **flags)
+
+    def notes() -> list[str]:
+        return [line for line in llm.info.report if line.startswith("note: ") and "loaded in" not in line]
+
+    before = notes()
+    for what in ("--enable-expert-parallel is", "--quantization-ignore is", "skip-layers leaves", "max_model_len lowered"):
+        assert sum(what in note for note in before) == 1, what
+    if asleep:
+        llm.sleep()
+        llm.wake_up(["weights"])
+    llm.reload_weights(str(second))
+    if asleep:
+        llm.wake_up()
+    assert notes() == before
+
+
 def test_what_an_llm_offers_of_it(models: list[Path]) -> None:
     """As vLLM's, and in the words of a program."""
     first, second = (generate(load(path)) for path in models[:2])

@@ -64,6 +64,29 @@ def test_requests_are_shared_out_and_prefixes_stay_together(monkeypatch: pytest.
     with_engines(2, test)
 
 
+def test_a_request_that_is_refused_leaves_no_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one that was only routed; a request whose prompt another was routed behind leaves its own."""
+    monkeypatch.setattr(router, "CHUNK", 16)
+
+    async def test(engine: Replicas) -> None:
+        long = list(range(1000, 1000 + 3 * router.CHUNK))
+        engine._load[0] = 1
+        assert engine.route(long) == 1
+        with pytest.raises(InvalidRequest):
+            engine.generate(long, SamplingParams(max_tokens=10**6), "refused", number=1)
+        engine._load[0] = 0
+        assert engine.route(long) == 0, "the idlest, the first of equals"
+        engine._load[0] = 1
+        assert engine.route(long) == 1
+        assert engine.route([1] * 2 * router.CHUNK) == 1
+        async with aclosing(engine.generate(long, SamplingParams(max_tokens=1), "served", number=1)) as deltas:
+            assert [delta async for delta in deltas]
+        engine._load[0] = 0
+        assert [engine.route([*long, 1]), engine.route([1] * 2 * router.CHUNK)] == [1, 0]
+
+    with_engines(2, test)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_engine_that_dies_is_started_again_and_the_others_go_on(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router, "WAITS", (0.3, 0.1))

@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from cases import cases
-from conftest import VOCAB, LoadModel, relative_error, tokens
-from models import toy
+from conftest import COMMON, VOCAB, Loaded, LoadModel, relative_error, tokens
+from models import test_vision, toy, toy_granite
+from models.as_told import AsTold
 from models.test_logits import CASES, randomize
 from ranks import run_ranks
+from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 import octavo.models
 from octavo import LLM, SamplingParams, batch, ops
 from octavo.distributed import TensorParallel
 from octavo.engine.vocabulary import Vocabulary
 from octavo.errors import OctavoError
+from octavo.models.dense import FusedLM
 from octavo.models.interface import ModelInput, StageState
 from octavo.platform import Platform
 
@@ -64,6 +67,84 @@ def test_it_is_quantized_like_any_other(tmp_path: Path, options: dict[str, objec
     exact = toy.logits_in_float64(weights, ids).log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     error = relative_error(found, exact)
     assert 1e-4 < error < 0.08, "rounding to FP8 is seen, and no more than that"
+
+
+# Writers of checkpoints of every architecture that is served, and of each option that changes what a layer computes.
+EVERY = {name: lambda path, name=name: save(CASES[name](), path) for name in CASES} | {
+    name: lambda path, name=name: test_vision.saved(name, path) for name in test_vision.CASES if "," not in name
+}
+
+
+def save(model: PreTrainedModel, path: Path) -> None:
+    randomize(model).save_pretrained(path)
+
+
+def implemented() -> set[type]:
+    """The classes of all architectures that are served; some share one."""
+    return {octavo.models.architecture({"model_type": name}).Model for name in octavo.models.MODEL_TYPES}
+
+
+def error_as_told(loaded: Loaded) -> float | None:
+    """Of the logits of decode steps that are computed by `parts`, against those op by op. None where it tells why not."""
+    told = loaded.model.parts()
+    if isinstance(told, str):
+        return None
+    ids, steps = tokens(24), (16, *[1] * 8)
+    whole = loaded.logits(ids, steps)
+    loaded.model.model.fused = fused = AsTold(told)
+    found = loaded.logits(ids, steps)
+    assert fused.steps == 8
+    return relative_error(found[16:], whole[16:])
+
+
+def error_of_head(loaded: Loaded) -> float:
+    """Of the logits by `head`, which `octavo compare` takes a batch at a time, against `logits`, which is what is served."""
+    hidden = torch.randn(3, loaded.model.head.shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return relative_error(loaded.model.head(hidden), loaded.model.logits(hidden))
+
+
+def test_layers_do_what_megakernels_are_told(tmp_path: Path, load_model: LoadModel) -> None:
+    """A megakernel computes a layer by `parts` alone, so what else a layer does would be lost where there is one."""
+    told: set[type] = set()
+    for case, write in EVERY.items():
+        torch.manual_seed(0)
+        write(tmp_path / case)
+        loaded = load_model(tmp_path / case)
+        if isinstance(loaded.model, FusedLM) and (error := error_as_told(loaded)) is not None:
+            assert error < 1e-5, case
+            told.add(type(loaded.model))
+    assert told == {model for model in implemented() if issubclass(model, FusedLM)}, "each has a case that tells its layers"
+
+
+def test_logits_are_the_heads(tmp_path: Path, load_model: LoadModel) -> None:
+    seen: set[type] = set()
+    for case, write in EVERY.items():
+        write(tmp_path / case)
+        loaded = load_model(tmp_path / case)
+        assert error_of_head(loaded) == 0, case
+        seen.add(type(loaded.model))
+    assert seen == implemented()
+
+
+@pytest.mark.parametrize("written", [toy_granite.Model, toy_granite.Untold, toy_granite.ScaledBehind])
+def test_what_a_model_leaves_untold_is_seen(
+    written: type[toy_granite.Untold], tmp_path: Path, load_model: LoadModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has Granite's logits op by op. A megakernel would lose a factor of `Untold`, `octavo compare` one of the last."""
+    monkeypatch.setattr(octavo.models, "MODEL_TYPES", (*octavo.models.MODEL_TYPES, "granite"))
+    monkeypatch.setitem(sys.modules, "octavo.models.granite", toy_granite)
+    monkeypatch.setattr(toy_granite, "Model", written)
+    torch.manual_seed(0)
+    factors = dict(residual_multiplier=0.3, logits_scaling=4.0, attention_multiplier=16**-0.5)
+    reference = randomize(GraniteForCausalLM(GraniteConfig(**COMMON, **factors, tie_word_embeddings=False)))
+    reference.save_pretrained(tmp_path)
+    loaded, ids = load_model(tmp_path), tokens(24)
+    with torch.no_grad():
+        assert relative_error(loaded.logits(ids, (16, *[1] * 8)), reference(torch.tensor([ids])).logits[0]) < 1e-4
+    error = error_as_told(loaded)
+    assert error is not None and error > 0.1 if written is toy_granite.Untold else error is None
+    assert (error_of_head(loaded) > 1) == (written is toy_granite.ScaledBehind)
 
 
 @cases("ranks", [2, 4])

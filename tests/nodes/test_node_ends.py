@@ -19,6 +19,7 @@ from server.processes import free_port
 
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError
+from octavo.frontend.node_line import LONGEST, read_line
 from octavo.frontend.nodes import Nodes, listen
 
 READY = "Octavo is ready"
@@ -101,6 +102,30 @@ def test_what_a_stranger_sends_is_ignored(messages: list[Any], said: str, capsys
         with pytest.raises(OctavoError, match=r"^Node 1 did not come to "):
             nodes.gather()
     assert f"octavo: {said}" in capsys.readouterr().err
+
+
+@cases("piece", [1 << 20, 999, 1])
+def test_a_first_message_is_read_in_linear_time_and_not_a_byte_more(piece: int) -> None:
+    """However it comes: a megabyte of names of files, and what a node says behind it."""
+    message = {"files": "x" * (LONGEST - 100 if piece > 1 else 2000)}
+    one, other = socket.socketpair()
+
+    def send() -> None:
+        data = json.dumps(message).encode() + b"\n\nmore"
+        for at in range(0, len(data), piece):
+            one.sendall(data[at : at + piece])
+
+    sending = threading.Thread(target=send)
+    with one, other:
+        sending.start()
+        began = time.process_time()
+        assert read_line(other) == message
+        assert time.process_time() - began < 3  # it took 40
+        sending.join()
+        assert other.recv(10) == b"\nmore"
+        one.sendall(b"x" * 10)
+        one.shutdown(socket.SHUT_WR)
+        assert read_line(other) is None
 
 
 def test_a_stranger_at_the_master_port_is_suspected() -> None:

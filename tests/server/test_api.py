@@ -215,6 +215,9 @@ def test_a_request_is_checked_once_and_first(client: Client, monkeypatch: pytest
     assert not client.engine.aborted  # the first prompt never ran
 
 
+CONTENT = "messages.0.content should be a string or a list of parts like {'type': 'text', 'text': ...}"
+
+
 @cases(
     ("body", "param", "sentence"),
     [
@@ -229,6 +232,23 @@ def test_a_request_is_checked_once_and_first(client: Client, monkeypatch: pytest
         ({"tool_choice": {"type": "function"}}, "tool_choice.function", "tool_choice.function is missing."),
         ({"messages": None}, "messages", "messages is missing."),
         ({"messages": []}, "messages", "messages should have 1 or more entries."),
+        *(
+            ({"messages": [{"role": "user", "content": content}]}, "messages.0.content", f"{CONTENT}{told}.")
+            for content, told in (
+                (3, ", not a number"),
+                (True, ", not true or false"),
+                ({"type": "text"}, ", not an object"),
+                ([1, 2], ", and its part 0 is a number"),
+                (["a", None], ", and its part 1 is null"),
+                ([{"type": "text", "text": 5}], ", and its part 0 is a text without a text"),
+                ([{}], ", and its part 0 is an object without such a type"),
+            )
+        ),
+        (
+            {"guided_json": {"$ref": "#"}},
+            "guided_json",
+            "guided_json cannot be followed: its reference '#' leads back to itself alone; put it into a property or items.",
+        ),
     ],
     ids=str,
 )

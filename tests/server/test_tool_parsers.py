@@ -277,6 +277,24 @@ def test_a_chat_with_calls(make_client: MakeClient) -> None:
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+def test_no_chunk_is_sent_of_which_nothing_is_told(make_client: MakeClient) -> None:
+    """But those that bring what was asked for beside the message."""
+    text = f"Wait.<tool_call>{call('f', A)}</tool_call><tool_call>{call('g', B)}</tool_call>"
+    client = make_client(f"so</think>{text}", tool_parser="hermes", reasoning_parser="deepseek_r1")
+    ids = client.engine.tokenizer.encode(client.engine.text)
+    for more in ({}, {"include_reasoning": False}, {"stream_options": {"continuous_usage_stats": True}}):
+        choices = [event["choices"][0] for event in client.events("/v1/chat/completions", tools=TOOLS, **more)]
+        assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+        assert all(choice["delta"] for choice in choices[:-1])
+        assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["tool_calls"]
+        assert len(choices) < len(ids)
+    asked = {"tools": TOOLS, "logprobs": True}
+    entries = [event["choices"][0]["logprobs"] for event in client.events("/v1/chat/completions", **asked)[1:]]
+    assert len(entries) == sum(len(entry["content"]) for entry in entries) == len(ids)
+    chunks = client.events("/v1/chat/completions", tools=TOOLS, return_token_ids=True)[1:]
+    assert [chunk["choices"][0]["token_ids"] for chunk in chunks] == [[token] for token in ids]
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
 def test_of_calls_that_may_not_be_parallel_the_first_is_told(make_client: MakeClient, path: str) -> None:
     text = f"Wait. <tool_call>{call('f', A)}</tool_call>\n<tool_call>{call('g', B)}</tool_call>"

@@ -10,6 +10,7 @@ from cases import cases
 from llguidance import LLMatcher, LLTokenizer
 
 from octavo.demo import MODEL_DIR
+from octavo.errors import InvalidRequest
 from octavo.messages import StructuredOutput
 from octavo.text.closed_schema import closed
 from octavo.text.llguidance_grammar import serialize
@@ -77,6 +78,48 @@ def test_a_schema_that_refers_to_itself(tokenizer: Any) -> None:
     schema = {"$defs": {"N": node}, "$ref": "#/$defs/N"}
     assert allows(tokenizer, schema, '{"v": 1, "next": {"v": 2}}')
     assert not allows(tokenizer, schema, '{"v": 1, "next": {"v": 2, "w": 3}}')
+
+
+def to(*path: str) -> dict[str, str]:
+    return {"$ref": "/".join(("#", *path))}
+
+
+ALONE: dict[str, Any] = {
+    "#": to(),
+    "#/$defs/b": {**to("$defs", "b"), "$defs": {"a": to("$defs", "b"), "b": to("$defs", "c"), "c": to("$defs", "a")}},
+    "#/properties/a": {"properties": {"a": to("properties", "a")}},
+    "#/allOf/0": {"items": {"allOf": [to()]}, "allOf": [to("allOf", "0"), {"type": "string"}]},
+}
+
+
+@cases("where", [*ALONE, "#, beside", "#, branched"])
+def test_a_reference_that_leads_to_itself_alone_is_refused(where: str) -> None:
+    more = {"#, beside": {**to(), "type": "string"}, "#, branched": {"anyOf": [{"allOf": [{"type": "string"}, to()]}]}}
+    with pytest.raises(InvalidRequest) as caught:
+        serialize(StructuredOutput("json_schema", json.dumps((ALONE | more)[where]), "guided_json"))
+    told = f"its reference '{where.partition(',')[0]}' leads back to itself alone; put it into a property or items."
+    assert str(caught.value) == f"guided_json cannot be followed: {told}"
+
+
+@cases(("schema", "text"), [
+    ({"anyOf": [to(), {"type": "null"}]}, "null"),
+    ({"type": "array", "items": to()}, "[[],[]]"),
+    ({"type": "object", "additionalProperties": to()}, '{"a": {"b": {}}}'),
+    ({"type": "string", "$defs": {"unused": to("$defs", "unused")}}, '"a"'),
+    ({"properties": {"$ref": {"type": "integer"}}, "type": "object"}, '{"$ref": 1}'),
+    ({"allOf": [to("$defs", "a"), to("$defs", "a")], "$defs": {"a": A}}, '{"a": 1}'),
+    ({"const": to()}, '{"$ref": "#"}'),
+])  # fmt: skip
+def test_other_references_are_followed(tokenizer: Any, schema: Any, text: str) -> None:
+    assert allows(tokenizer, schema, text)
+
+
+def test_a_long_chain_of_references_is_followed(tokenizer: Any) -> None:
+    """None of which is read by a call within a call."""
+    chain = {str(n): to("$defs", str(n + 1)) for n in range(3000)} | {"3000": {"type": "null"}}
+    closed({**to("$defs", "0"), "$defs": chain})
+    with pytest.raises(ValueError, match="leads back to itself alone"):
+        closed({**to("$defs", "0"), "$defs": {**chain, "3000": to("$defs", "7")}})
 
 
 def test_white_space_is_bounded(tokenizer: Any) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import socket
+import socketserver
+import ssl
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -15,6 +19,7 @@ from cases import cases
 
 from octavo.cli import main
 
+CERTIFICATES = Path(__file__).parents[1] / "data/tls"
 TOLD = b'data: {"choices":[{"index":0,"delta":{"content":"h\xc3\xa9"}}]}\n\n'
 
 
@@ -129,6 +134,77 @@ def test_no_server_of_this_api(
     pipe(monkeypatch, b"hi")
     assert main(["chat", url]) == 1
     assert "is no server of OpenAI's API" in capsys.readouterr().err
+
+
+@pytest.fixture
+def tls(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(CERTIFICATES / "cert.pem", CERTIFICATES / "key.pem")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def test_http_where_https_is_and_the_other_way(
+    url: str, tls: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = url.removeprefix("http://")
+    told = {
+        f"https://{plain}/v1": f"The server at {plain} speaks HTTP, without TLS; use http://{plain}.",
+        f"http://127.0.0.1:{tls}": f"The server at 127.0.0.1:{tls} speaks HTTPS; use https://127.0.0.1:{tls}.",
+        f"https://127.0.0.1:{tls}": f"The certificate of the server at https://127.0.0.1:{tls} is not trusted (self-sig",
+    }
+    for address, sentence in told.items():
+        for words in (["chat", address], ["bench", "serve", "--base-url", address]):
+            pipe(monkeypatch, b"hi")
+            assert main(words) == 1
+            assert capsys.readouterr().err.startswith(f"octavo: {sentence}")
+
+
+def test_what_speaks_neither(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It reads what it is sent, and says something else."""
+
+    class Smtp(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(b"220 hello\r\n")
+            self.request.recv(1)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Smtp) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        for scheme, sentence in (
+            ("http", "No server answers at"),
+            ("https", f"The server at https://127.0.0.1:{port} and this"),
+        ):
+            pipe(monkeypatch, b"hi")
+            assert main(["chat", f"{scheme}://127.0.0.1:{port}"]) == 1
+            assert capsys.readouterr().err.startswith(f"octavo: {sentence}")
+        server.shutdown()
+
+
+def test_a_server_that_says_that_it_speaks_https(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As nginx's and Go's do, by an answer to plain HTTP."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(CERTIFICATES / "cert.pem", CERTIFICATES / "key.pem")
+
+    class Either(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            if self.request.recv(1, socket.MSG_PEEK) == b"\x16":
+                context.wrap_socket(self.request, server_side=True).close()
+            else:
+                self.request.recv(1 << 16)
+                self.request.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 4\r\n\r\nTLS!")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Either) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_address[1]}"
+        pipe(monkeypatch, b"hi")
+        assert main(["chat", f"http://{address}"]) == 1
+        assert capsys.readouterr().err == f"octavo: The server at {address} speaks HTTPS; use https://{address}.\n"
+        server.shutdown()
 
 
 @pytest.mark.parametrize("wrong", ["http://[::1", "http://127.0.0.1:port", "http://"])

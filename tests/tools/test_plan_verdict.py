@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from cases import cases
 from tools.planner import answer
 
 from octavo.cli import engine_config, main, make_parser
 from octavo.flags import COMMANDS
 from octavo.server import serve
+from octavo.tools.plan.accelerators import ACCELERATORS
 
 
 def first_lines(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, list[str]]:
@@ -70,6 +73,15 @@ def test_what_fits_and_is_refused_has_no_command(capsys: pytest.CaptureFixture[s
         assert f" on {words}" in first_lines(capsys, "Llama-3.1-8B", *on, "-tp", ranks)[0]
     assert main(["plan", *refused]) == 0
     assert "octavo serve" not in capsys.readouterr().out
+
+
+@cases("name", [name for name, one in ACCELERATORS.items() if one.refusal])
+def test_an_accelerator_that_is_refused_fits_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    verdict, reasons = first_lines(capsys, "Llama-3.1-8B", "--accelerator", name)
+    assert verdict.startswith("It is refused, though memory would do: PTPC + FP8 KV on 1 x ")
+    assert verdict.endswith(" tokens at a time. Octavo would not start it:")
+    assert " has no FP8 units; Octavo needs gfx942," in reasons[0]
+    assert "It fits" not in json.dumps(answer("Llama-3.1-8B", "--accelerator", name))
 
 
 def test_a_flag_that_plan_takes_changes_the_plan(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from octavo.convert.save_quantized import save_quantized
 from octavo.demo import HELDOUT, MODEL_DIR
 from octavo.engine.calibration_text import DEFAULT, calibration_windows
 from octavo.errors import OctavoError
+from octavo.files import KEY_ROUNDING
+from octavo.models.overrides import overridden
 from octavo.platform import detect
 from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, QuantRules, Scheme
 from octavo.quant.scheme import FP8_W8A16
@@ -33,6 +36,7 @@ from octavo.text.tokenizer import Tokenizer
 from octavo.tools.quantize.quantize import quantize_checkpoint
 
 ODD = dict(hidden_size=156, intermediate_size=300, head_dim=38)
+WRITTEN = {".safetensors", ".partial", Path(KEY_ROUNDING).suffix}
 LINEAR = re.compile(r"(_proj|\.w[123])\.weight$")
 
 
@@ -168,11 +172,61 @@ def test_a_stopped_run_is_continued(family: str, at: str, tmp_path: Path, monkey
     assert_sentence(raised.value, "other settings", "'calibration'")
 
 
-def test_a_disk_that_fills_up_while_layers_are_calibrated(tmp_path: Path, small_disk: Path) -> None:  # noqa: F811
+@cases(("layers", "count"), [(1, 4), (2, 100), (3, 100), (3, 4)])
+def test_room_is_asked_for_what_is_written_beside_the_files(layers: int, count: int, tmp_path: Path) -> None:
+    """About as much as was there at a time, of a short text and of a long one."""
+    model = llama(tmp_path / "model", num_hidden_layers=layers, hidden_size=256, intermediate_size=512)
+    out, held, rename = tmp_path / "out", [0], Path.replace
+
+    def note(self: Path, to: Path) -> Path:
+        held.append(sum(path.stat().st_size for path in out.rglob("*") if path.suffix in WRITTEN))
+        return rename(self, to)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", note)
+        calibrated(model, out, windows=windows(count))
+    usage = shutil.disk_usage(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(0.9 * max(held))))
+        with pytest.raises(OctavoError) as raised:
+            calibrated(model, tmp_path / "other", windows=windows(count))
+    found = re.search(r"needs ([\d,]+) bytes and its disk has [\d,]+ free", str(raised.value))
+    assert found is not None
+    assert 0.99 < int(found[1].replace(",", "")) / max(held) < 1.1
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_a_stopped_calibration_left_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out = llama(tmp_path / "model", num_hidden_layers=2), tmp_path / "out"
+
+    def stop(line: str) -> None:
+        if line.startswith("layer 2"):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        quantize_checkpoint(model, out, QuantRules(FP8_PER_CHANNEL), windows=windows(3), threads=1, say=stop)
+    held, usage = sum(path.stat().st_size for path in (out / STASH).iterdir()), shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    with pytest.raises(OctavoError, match=f"its disk has {held:,} free"):
+        calibrated(model, out, windows=windows(3))
+
+
+def test_a_disk_that_fills_up_while_layers_are_calibrated(
+    tmp_path: Path,
+    small_disk: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, out = llama(tmp_path / "model", num_hidden_layers=2), small_disk / "out"
     with pytest.raises(OctavoError) as raised:
         calibrated(model, out, windows=windows(100))  # what the second layer reads takes 1.6 MB
+    assert_sentence(raised.value, "needs 1,", "its disk has 1,048,576 free")
+    assert not out.exists()
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1 << 40))  # it fills up as we write
+    with pytest.raises(OctavoError) as raised:
+        calibrated(model, out, windows=windows(100))
     assert_sentence(raised.value, "the disk is full", "state-0001.safetensors needs 1,6", "continues")
+    monkeypatch.undo()
     subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
     calibrated(model, out, windows=windows(100))
     calibrated(model, tmp_path / "whole", windows=windows(100))
@@ -195,6 +249,37 @@ def test_what_is_stored_in_codes_and_what_no_text_reads_stay_plain(tmp_path: Pat
         tmp_path / "codes", config, tmp_path / "saved", rules, detect("cpu"), 1, windows=windows()
     )  # fmt: skip
     assert "saved, 1 of 7 matrices calibrated by" in told
+
+
+def test_the_model_is_calibrated_as_it_will_be_served(tmp_path: Path) -> None:
+    """With --hf-overrides codes are those of a config.json that says so; the output's is the model's, for the next start."""
+    model = llama(tmp_path / "model", num_hidden_layers=2)
+    other = llama(tmp_path / "other", num_hidden_layers=2)
+    theta = {"rope_theta": 20.0}
+    config = json.loads((model / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(overridden(config, theta)))
+    calibrated(other, tmp_path / "expected")
+    calibrated(model, tmp_path / "plain")
+    calibrated(model, tmp_path / "found", overrides=theta)
+    told = "quantized weights saved in"
+    assert save_quantized(
+        model, config, tmp_path / "saved", QuantRules(FP8_PER_CHANNEL), detect("cpu"), 1, None, windows(), theta
+    ).startswith(told)
+    expected = in_bytes_of(tmp_path / "expected")
+    assert in_bytes_of(tmp_path / "plain") != expected
+    for name in ("found", "saved"):
+        assert in_bytes_of(tmp_path / name) == expected
+        assert (tmp_path / name / "config.json").read_text() == (tmp_path / "plain/config.json").read_text()
+        with pytest.raises(OctavoError) as raised:
+            calibrated(model, tmp_path / name, overrides={"rope_theta": 30.0})
+        assert_sentence(raised.value, "other settings", "'hf_overrides'" if name == "found" else "differs")
+    with pytest.raises(OctavoError, match="--hf-overrides: nothing changes nothing"):
+        calibrated(model, tmp_path / "wrong", overrides={"nothing": 1})
+    assert not (tmp_path / "wrong").exists()
+
+
+def in_bytes_of(directory: Path) -> dict[str, Any]:
+    return {name: in_bytes(tensor) for name, tensor in tensors_of(directory).items()}
 
 
 @cases("asked", [FP8_PER_CHANNEL, FP8_W8A16])
@@ -249,6 +334,7 @@ def test_the_command_on_the_demo_model(tmp_path: Path, capsys: pytest.CaptureFix
 
 FAULTS = {
     "tokens alone": (["--calibration-tokens", "4096"], ("--calibration-tokens", "--calibrate")),
+    "overrides alone": (["--hf-overrides.rope_theta", "9"], ("--hf-overrides is for --calibrate",)),
     "few tokens": (["--calibrate", "--calibration-tokens", "100"], ("--calibration-tokens 100", "512")),
     "no file": (["--calibrate", "nothing.txt"], ("nothing.txt cannot be read",)),
     "the model in its place": (["--calibrate", str(MODEL_DIR)], ("is a directory", "stands before --calibrate")),

@@ -8,7 +8,8 @@ from contextlib import aclosing
 from typing import Any
 
 from octavo.server.anthropic.message_request import CHAT_NAMES, CountTokensRequest, MessagesRequest
-from octavo.server.chat import ChatJob, Piece, begin, count_tokens
+from octavo.server.chat import ChatJob, begin, count_tokens
+from octavo.server.chat_pieces import Piece
 from octavo.server.error_responses import renamed
 from octavo.server.http import Answer
 from octavo.server.message_parts import MessagePart, MessageParts, Step

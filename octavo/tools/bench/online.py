@@ -22,6 +22,7 @@ from octavo.errors import OctavoError
 from octavo.server.serve import loop_factory
 from octavo.tools.bench.workloads import GREEDY, Workload, prompts
 from octavo.tools.client_headers import client_headers
+from octavo.tools.no_answer import no_answer
 
 __all__ = ["Server", "bench", "measure"]
 
@@ -65,7 +66,8 @@ class Server:
                 response = connection.getresponse()
                 answer = response.read()
         except (OSError, http.client.HTTPException) as error:
-            raise OctavoError(f"No server answers at {self.url}; start one with `octavo serve`.") from error
+            none = f"No server answers at {self.url}; start one with `octavo serve`."
+            raise OctavoError(no_answer(self.url, error) or none) from error
         try:
             if response.status != 200:
                 raise ValueError(response.status)

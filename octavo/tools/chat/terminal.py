@@ -12,13 +12,14 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Coroutine, Generator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from octavo.config import EngineConfig, config_fields, flag_of
 from octavo.errors import OctavoError
 from octavo.tools.client_headers import client_headers
+from octavo.tools.no_answer import no_answer, other_scheme
 
 __all__ = ["Local", "Remote", "add_arguments", "run"]
 
@@ -197,26 +198,33 @@ class Remote:
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> http.client.HTTPResponse:
         make = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        none = f"No server answers at {self._url}; start one with `octavo serve`, or name a checkpoint directory."
         try:
             connection = make(self._host)
-            connection.request(method, self._prefix + path, json.dumps(body) if body else None, self._headers)
-            response = connection.getresponse()
-        except (OSError, http.client.HTTPException) as error:
-            raise OctavoError(
-                f"No server answers at {self._url}; start one with `octavo serve`, or name a checkpoint directory."
-            ) from error
-        if response.status == 401:
-            raise OctavoError(f"The server at {self._url} asks for an API key; give it with --api-key KEY.")
-        if response.status != 200:
-            raise OctavoError(_refusal(response))
+        except http.client.HTTPException as error:
+            raise OctavoError(none) from error
+        with ExitStack() as failed:
+            failed.callback(connection.close)
+            try:
+                connection.request(method, self._prefix + path, json.dumps(body) if body else None, self._headers)
+                response = connection.getresponse()
+            except (OSError, http.client.HTTPException) as error:
+                raise OctavoError(no_answer(self._url, error) or none) from error
+            if response.status == 401:
+                raise OctavoError(f"The server at {self._url} asks for an API key; give it with --api-key KEY.")
+            if response.status != 200:
+                answered = f"The server answered {response.status} {response.reason}."
+                raise OctavoError(_refusal(response) or other_scheme(self._url) or answered)
+            failed.pop_all()
         return response
 
 
-def _refusal(response: http.client.HTTPResponse) -> str:
+def _refusal(response: http.client.HTTPResponse) -> str | None:
+    """The sentence of an error in OpenAI's form; None for another answer."""
     try:
         return str(json.loads(response.read())["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return f"The server answered {response.status} {response.reason}."
+        return None
 
 
 class Local:

@@ -136,7 +136,8 @@ def verdict(plan: Plan, refused: Sequence[str]) -> str:
         if used > q.all:
             said = f"There are too few accelerators: {asked.variant.label} on {where} would hold {many}."
         else:
-            said = f"It fits: {asked.variant.label} on {where} holds {many}."
+            fits, holds = ("It is refused, though memory would do", "would hold") if refused else ("It fits", "holds")
+            said = f"{fits}: {asked.variant.label} on {where} {holds} {many}."
         return said + (" Octavo would not start it:" if refused else "")
     others = [v for v in plan.variants if v.fit is not None and v.fit.max_model_len]
     enough = sorted((v for v in plan.variants if v.smallest), key=lambda v: (v.smallest, v is not asked))

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from octavo.config import EngineConfig
 from octavo.convert.cache_scales import STRATEGIES, scales_to_measure
-from octavo.convert.calibration import WINDOW, Stash, calibrate
+from octavo.convert.calibration import WINDOW, Stash, calibrate, stash_bytes
 from octavo.convert.output_config import quantization_config
 from octavo.convert.output_directory import MARKER, OutputDirectory
 from octavo.convert.quantize_plan import Plan, names_of
@@ -24,6 +25,7 @@ from octavo.errors import OctavoError
 from octavo.files import KEY_ROUNDING
 from octavo.frontend.model_files import with_files
 from octavo.models import MODEL_TYPES, architecture, read_config
+from octavo.models.overrides import overridden
 from octavo.option_values import QUANTIZATIONS, canonical
 from octavo.platform import detect
 from octavo.quant import SCHEMES, QuantRules
@@ -87,6 +89,8 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
     threads = config.threads or len(os.sched_getaffinity(0))
     if args.by_text is None and args.calibration_tokens is not None:
         raise OctavoError("--calibration-tokens is for --calibrate, which was not given; add it, or leave this out.")
+    if args.by_text is None and config.hf_overrides is not None:
+        raise OctavoError("--hf-overrides is for --calibrate, which computes the model, and was not given; leave it out.")
     if args.by_text is None and args.kv_cache_scheme is not None:
         raise OctavoError("--kv-cache-scheme is for --calibrate, which measures the scales; add it, or leave this out.")
     tokens = TOKENS if args.calibration_tokens is None else args.calibration_tokens
@@ -98,6 +102,7 @@ def run(args: argparse.Namespace, config: EngineConfig, started: float) -> int:
         quantize_checkpoint(
             Path(config.model), output, rules, search=bool(args.scale_search), device=config.device, threads=threads,
             check=args.verify, requantize_int4=args.requantize_int4, windows=windows, kv_cache_scheme=args.kv_cache_scheme,
+            overrides=cast("dict[str, Any] | None", config.hf_overrides),
         )  # fmt: skip
     except KeyboardInterrupt:
         print(f"octavo: stopped; {_left_in(output)}", file=sys.stderr)
@@ -124,22 +129,26 @@ def quantize_checkpoint(
     requantize_int4: bool = False,
     windows: Sequence[Sequence[int]] = (),
     kv_cache_scheme: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Writes to `output` the checkpoint at `model`, its linear layers in the rules' scheme. Raises OctavoError.
 
     Packed INT4 stays as it is stored but with `requantize_int4`. windows: token ids to calibrate by, if any. Neither they nor
     `search` are taken where every matrix keeps its stored codes. kv_cache_scheme: of STRATEGIES, what config.json says of the
-    scales of an FP8 cache, which windows measure; None: nothing.
+    scales of an FP8 cache, which windows measure; None: nothing. overrides: values in place of config.json's by which the
+    model that reads the windows computes; the output's config.json is the model's.
     """
     config = read_config(model)
     check_format(config, model)
+    computed: Mapping[str, Any] = config
     if windows:
         architecture(config)  # refuses one that cannot be run
+        computed = overridden(config, overrides)
     platform = replace(detect(device), fp8_dtype=torch.float8_e4m3fn)  # the dtype that checkpoints have, whatever the device's
     with closing(Checkpoint(model)) as checkpoint:
         reader = RowReader(checkpoint, platform, Scratch())
-        scales = scales_to_measure(checkpoint, config, kv_cache_scheme) if windows else None
+        scales = scales_to_measure(checkpoint, computed, kv_cache_scheme) if windows else None
         plan = Plan(checkpoint, reader, config, rules, requantize_int4=requantize_int4, cache_scales=scales)
         if config.get("model_type") not in MODEL_TYPES:
             say(f"note: Octavo does not serve model_type '{config.get('model_type')}'; linear layers are known by their names")
@@ -150,14 +159,15 @@ def quantize_checkpoint(
         for line in plan.notes():
             say(line)
         files = output_files(plan, output)
-        directory = OutputDirectory(output, checkpoint, files, job_of(rules, search, requantize_int4, windows, kv_cache_scheme))
+        job = job_of(rules, search, requantize_int4, windows, kv_cache_scheme, overrides)
+        directory = OutputDirectory(output, checkpoint, files, job, beside=stash_bytes(plan, computed, windows))
         if output.is_dir() and directory.is_complete():
             say(f"{output} is finished already: made of {model} with these settings")
         else:
             with directory:
                 stash = Stash(directory.stash) if windows else None
                 if stash is not None and scales is not None:
-                    calibrate(plan, config, windows, detect(device), stash, threads, LossReport(say))
+                    calibrate(plan, computed, windows, detect(device), stash, threads, LossReport(say))
                     if left := [p.module for p in plan.quantized if not p.is_kept and stash.get(p.module) is None]:
                         say(f"{len(left)} matrices are rounded plainly, as no text reads them: {names_of(left)}")
                     say(stash.said_of(plan, windows))
