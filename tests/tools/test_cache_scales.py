@@ -141,7 +141,7 @@ def test_what_is_served_does_not_depend_on_the_sizes_of_keys_and_values(tmp_path
             loaded = load_model(tmp_path / f"{name}-{kind}", kv="fp8_e4m3", on=EXACT)
             errors[name, kind] = relative_error(loaded.logits(ids), exact)
     assert errors["far", "made"] == errors["plain", "made"]  # scales are powers of two
-    assert errors["plain", "made"] < errors["plain", "bare"]
+    assert errors["plain", "made"] < 1.05 * errors["plain", "bare"]  # where neither leaves the format, chance decides
     assert errors["far", "bare"] > 5 * errors["far", "made"]
 
 
