@@ -197,9 +197,9 @@ class Loader:
             matrix = self.at(parent).weight([name], [shape], [shard], is_head=True, row_lookup=True)
         else:
             matrix = self.vector("weight", shape, shard)
-            by_kernels = self.platform.is_cpu and self.platform.widened_dtype is None and not matrix.is_meta
-            if self.tied_head and by_kernels and (packed := self._for_head(matrix)).stored is None:
-                matrix = packed
+            if self.tied_head and self.platform.is_cpu and self.platform.widened_dtype is None and not matrix.is_meta:
+                head = self.embeddings[module] = self._for_head(matrix)
+                return matrix if head.stored is not None else head
         self.embeddings[module] = matrix
         return matrix
 

@@ -11,16 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from conftest import COMMON, tokens
 from models.test_logits import deepseek_v32, randomize
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from octavo import LLM, SamplingParams, ops
 from octavo.errors import OctavoError
 from octavo.messages import EngineRequest
 from octavo.ops import PackedStack, PackedWeight
-from octavo.weights.in_place import held
+from octavo.platform import Platform
+from octavo.quant import FP8_BLOCK, FP8_PER_CHANNEL, FP8_W8A16, QTensor, quantize
+from octavo.quant.qtensor import Stacker
+from octavo.weights.in_place import held, overwrite
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 PROMPTS = [tokens(20, 1), tokens(20, 1)[:12] + tokens(9, 2), tokens(3, 3)]
@@ -292,6 +297,33 @@ def bits(llm: LLM) -> list[bytes]:
             strided = [t for t in inside if isinstance(t, torch.Tensor) and t.layout is torch.strided]
             found += [t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in strided]
     return found
+
+
+OTHERS = {
+    "dtype": quantize(torch.ones(64, 128), FP8_PER_CHANNEL, torch.float8_e5m2),
+    "activations": quantize(torch.ones(64, 128), FP8_W8A16),
+    "tiles": quantize(torch.ones(64, 128), FP8_BLOCK),
+}
+
+
+@cases("what", OTHERS)
+@cases("stacked", [False, True])
+def test_codes_of_another_meaning_are_refused(what: str, stacked: bool) -> None:
+    """Though they take as many bytes, and where there are matrix tiles are held as bytes."""
+    by_kernels = Platform(torch.device("cpu"), "test")
+    ops.bind(by_kernels)
+
+    class Layer(nn.Module):
+        def load(self, q: QTensor) -> None:
+            one = Stacker(1)
+            one.put(0, q)
+            self.weight = ops.pack_experts(one.finished(), by_kernels) if stacked else ops.pack(q, by_kernels)
+
+    layer, first = Layer(), quantize(torch.ones(64, 128), FP8_PER_CHANNEL)
+    layer.load(first)
+    assert overwrite(layer, first)
+    with pytest.raises(OctavoError, match="same shapes and schemes"):
+        overwrite(layer, OTHERS[what])
 
 
 def test_weights_that_compute_no_numbers_are_given_back(models: list[Path], tmp_path: Path) -> None:

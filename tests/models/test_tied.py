@@ -90,10 +90,13 @@ def test_without_the_flag_it_stays_bf16(tmp_path: Path, load_model: LoadModel) -
     w = load_file(tmp_path / "model.safetensors")[EMBEDDING].bfloat16()
     for rules in (QuantRules(FP8_PER_CHANNEL), asked(FP8_PER_CHANNEL, ("embed_tokens",))):
         loaded = load_model(tmp_path, rules=rules, dtype=torch.bfloat16, on=NATIVE)
-        assert torch.equal(loaded.model.model.embed_tokens.weight, w)
-        groups = loaded.loader.report.groups
-        assert groups["embedding", "bf16"].stored == w.nbytes
-        assert (groups["lm_head", "bf16"].stored, groups["lm_head", "bf16"].held) == (0, 0)  # it multiplies by the same values
+        head, groups = loaded.model.lm_head.weight, loaded.loader.report.groups
+        assert torch.equal(embed(loaded, torch.arange(len(w))), w)
+        assert groups["embedding", "bf16"].stored == groups["embedding", "bf16"].held == w.nbytes
+        # It multiplies by the same values: those of the embedding, or, where it has an order of its own, the look-up by its.
+        assert (groups["lm_head", "bf16"].tensors, groups["lm_head", "bf16"].stored) == (1, 0)
+        assert groups["lm_head", "bf16"].held == head.data.nbytes - w.nbytes
+        assert head.data.data_ptr() == loaded.model.model.embed_tokens.weight.data.data_ptr()
 
 
 def test_embeddings_that_no_head_is_tied_to_stay_bf16(tmp_path: Path, load_model: LoadModel) -> None:

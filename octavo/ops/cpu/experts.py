@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from itertools import pairwise
-from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from octavo.ops import reference
 from octavo.ops.contract import FEW_TOKENS, Dispatch, Operand, PackedStack, Routed, Router, values_of
 from octavo.ops.cpu.library import KINDS, kernels
 from octavo.ops.cpu.linear import Widened, exact_scale, rounded, widened
-from octavo.ops.cpu.native import Native, held_scale, is_readable, is_tiled, struct_of, tiled, tiled_shape, unsupported
+from octavo.ops.cpu.native import TILE, Native, held_scale, is_readable, is_tiled, struct_of, tiled, tiled_shape, unsupported
 from octavo.ops.cpu.op_recorder import launch
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
@@ -43,7 +42,7 @@ def tiled_stack(data: Tensor, k: int, owned: bool) -> Tensor:
     """`tiled` of each expert of data [E, N, K']: in `data` itself if it is owned and no expert becomes larger."""
     experts, n, _ = data.shape
     shape = tiled_shape(n, k, data.itemsize)
-    in_place = owned and data.is_contiguous() and prod(shape) == data[0].nbytes
+    in_place = owned and data.is_contiguous() and n % TILE == 0 and data.shape[2] * data.itemsize == shape[1] * TILE
     made = data.view(torch.uint8).view(experts, *shape) if in_place else data.new_empty(experts, *shape, dtype=torch.uint8)
     for e in range(experts):
         if in_place:
@@ -54,10 +53,14 @@ def tiled_stack(data: Tensor, k: int, owned: bool) -> Tensor:
 
 
 class PackedNativeStack(PackedStack):
-    """Weights [E, N, K] as stored or each `tiled`, and their scales. owned: nobody else reads `q`, which may be overwritten."""
+    """Weights [E, N, K] as stored or each `tiled`, and their scales. owned: nobody else reads `q`, which may be overwritten.
+
+    dtype and activation: as PackedNative's.
+    """
 
     def __init__(self, q: QTensor, owned: bool = False):
         self.experts, self.n, self.k = q.shape
+        self.dtype, self.activation = q.data.dtype, q.scheme.activation
         self.data, self.held_bytes = q.data, q.nbytes
         self.scale = held_scale(q)
         first, of_first = q.expert(0), None if self.scale is None else self.scale[0]

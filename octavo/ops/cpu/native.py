@@ -38,6 +38,7 @@ from octavo.quant.scheme import BLOCK, Granularity, WeightDType
 
 __all__ = [
     "MAX_SHARED",
+    "TILE",
     "Native",
     "add_gram",
     "argmax",
@@ -187,10 +188,14 @@ def tiled_shape(n: int, k: int, size: int) -> tuple[int, int, int, int]:
 
 
 class PackedNative(PackedWeight):
-    """A weight [N, K] as stored or `tiled`, and its scales. few: its struct for up to FEW_TOKENS tokens."""
+    """A weight [N, K] as stored or `tiled`, and its scales. few: its struct for up to FEW_TOKENS tokens.
+
+    dtype and activation are those of the stored weight: `data` may be bytes, and weights/in_place.py compares no structs.
+    """
 
     def __init__(self, q: QTensor):
         self.n, self.k = q.shape
+        self.dtype, self.activation = q.data.dtype, q.scheme.activation
         self.scale = held_scale(q)
         self.struct = self.few = struct_of(q, self.scale, FEW_TOKENS + 1)
         if q.scheme.exact_few:
