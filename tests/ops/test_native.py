@@ -151,14 +151,18 @@ def test_blocks_of_many_tokens(shape: tuple[int, int, int], scheme: Scheme, fmt:
 
 
 @over("m", [1, 20])
-def test_a_weight_packed_for_tiles_is_not_read_without_them(m: int) -> None:
+@over("scheme", [BF16, FP8_PER_CHANNEL])
+def test_a_weight_packed_for_tiles_is_not_multiplied_without_them(m: int, scheme: Scheme) -> None:
+    """Its rows are looked up with any instructions."""
     if library.use("amx") is None:
         pytest.skip("needs a CPU with amx")
-    packed = native.Native().pack(quantize(torch.randn(70, 130), FP8_PER_CHANNEL), CPU)
+    q, ids = quantize(torch.randn(70, 130).bfloat16(), scheme), torch.arange(70)
+    packed = native.Native().pack(q, CPU)
     try:
         library.use("portable")
         with pytest.raises(RuntimeError, match="packed for matrix tiles"):
             packed(torch.randn(m, 130))
+        assert torch.equal(packed.rows(ids, torch.bfloat16), q.rows(ids, torch.bfloat16))
     finally:
         library.use(None)
 

@@ -78,6 +78,36 @@ def test_each_expert_has_what_it_alone_gives(shape: tuple[int, int], dtype: torc
 
 
 @on_each_instruction_set
+@over("shape", [(128, 192), (64, 100), (40, 64)])
+def test_a_stack_that_is_given_away_is_packed_in_its_memory(shape: tuple[int, int]) -> None:
+    """So that loading does not hold it twice; not where the order of matrix tiles takes more memory than the rows."""
+    n, k = shape
+    at, x = experts.dispatch(torch.randint(5, (20, 2)).int(), 5), torch.randn(20, k).bfloat16()
+    for q in stacks(n, k, 5):
+        want, before = experts.NativeStack().pack(q, CPU)(x, at, of_tokens=True), q.data.data_ptr()
+        packed = experts.NativeStack().take(q, CPU)
+        assert torch.equal(packed(x, at, of_tokens=True), want)
+        fills_blocks = n % native.TILE == 0 and k % native.TILE == 0
+        assert (packed.data.data_ptr() == before) == (fills_blocks or not packed.struct.tiled)
+
+
+@over("scheme", [BF16, FP8_PER_CHANNEL])
+def test_a_stack_packed_for_tiles_is_not_read_without_them(scheme: Scheme) -> None:
+    if library.use("amx") is None:
+        pytest.skip("needs a CPU with amx")
+    q = quantize(torch.randn(70, 130).bfloat16(), scheme)
+    made = Stacker(1)
+    made.put(0, q)
+    packed, at = experts.NativeStack().pack(made.finished(), CPU), experts.dispatch(torch.zeros(3, 1).int(), 1)
+    try:
+        library.use("portable")
+        with pytest.raises(RuntimeError, match="packed for matrix tiles"):
+            packed(torch.randn(3, 130), at, of_tokens=True)
+    finally:
+        library.use(None)
+
+
+@on_each_instruction_set
 @over("sizes", [(600, 3), (1, 1023, 20), (520, 0, 520), tuple(range(90))])
 def test_more_rows_than_are_computed_together(sizes: tuple[int, ...]) -> None:
     q = next(iter(stacks(18, 70, len(sizes))))

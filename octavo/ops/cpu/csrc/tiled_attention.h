@@ -144,12 +144,13 @@ INLINE void NAME(attend_rows)(const AttentionJob *job, int64_t request, int64_t 
     }
     for (int64_t r = 0; r < rows; r++) {
         const int64_t token = a->starts[request] + (from + r) / group, q_head = head * group + (from + r) % group;
-        const float *o = f->o + r / LANES * padded * LANES + r % LANES;
         const float factor = a->lengths[request] ? v_factor / f->total[r] : 0; /* without a context, the row pads a batch: zeros */
-        for (int64_t d = 0; d < dim; d++) {
+        for (int64_t d = 0; r % LANES == 0 && d < padded; d++) {
             const int64_t in_unit = d % UNIT, at = APART(kind) ? d - in_unit + in_unit % 2 * (UNIT / 2) + in_unit / 2 : d;
-            line[d] = o[at * LANES] * factor;
+            memcpy(columns + d % LANES * LANES, f->o + r * padded + at * LANES, LANES * 4);
+            if (d % LANES == LANES - 1) NAME(transpose)(columns, LANES, lines + (d - d % LANES) * LANES);
         }
+        for (int64_t d = 0; d < dim; d += VL) NAME(store)(line + d, NAME(load)(lines + (d - d % LANES + r % LANES) * LANES + d % LANES) * factor);
         NAME(narrow_row)(a->out, a->kind, (token * a->heads + q_head) * dim, line, dim);
     }
 }
