@@ -7,7 +7,7 @@ tools do, rounds twice and adds 0.6-0.8% to the error. The scale is amax / 448, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -89,11 +89,12 @@ def quantize(
     scheme: Scheme,
     fp8_dtype: torch.dtype = torch.float8_e4m3fn,
     max_reduce: Callable[[Tensor], Tensor] | None = None,
+    codes: Tensor | None = None,
 ) -> QTensor:
     """Quantizes a weight [N, K] of any float dtype.
 
-    `max_reduce` takes the largest amax over the ranks that hold other values sharing a scale. Raises OctavoError for a scheme
-    that is neither BF16 nor FP8.
+    `max_reduce` takes the largest amax over the ranks that hold other values sharing a scale. codes: memory of FP8 codes [N, K]
+    to write them into. Raises OctavoError for a scheme that is neither BF16 nor FP8.
     """
     n, k = w.shape
     if scheme.dtype is WeightDType.BF16:
@@ -102,7 +103,7 @@ def quantize(
         raise OctavoError(f"Octavo quantizes to FP8 and not to {scheme.name}; use fp8, ptpc_fp8, fp8_block or fp8_w8a16.")
     if w.is_meta:  # a meta tensor has no values, and arithmetic on it would import torch's compiler
         scale = torch.empty(scale_shape((n, k), scheme.weight), device="meta")
-        return QTensor(torch.empty(n, k, dtype=fp8_dtype, device="meta"), scale, scheme, (n, k))
+        return QTensor(w.new_empty(n, k, dtype=fp8_dtype) if codes is None else codes, scale, scheme, (n, k))
     peak = weight_amax(w, scheme.weight)
     if max_reduce is not None and scheme.weight is Granularity.TENSOR:  # ranks may have unequal parts, one of them none
         one = peak[:1].clone() if n else peak.new_zeros(1, 1)
@@ -110,7 +111,7 @@ def quantize(
     elif max_reduce is not None:
         peak = max_reduce(peak)
     scale = scale_of(peak, fp8_dtype)
-    data = torch.empty(n, k, dtype=fp8_dtype, device=w.device)
+    data = w.new_empty(n, k, dtype=fp8_dtype) if codes is None else codes
     for rows in _row_chunks(w):
         data[rows] = _codes(w[rows], _rows_of(scale, rows, (n, k)), fp8_dtype)
     return QTensor(data, scale, scheme, (n, k))
@@ -206,20 +207,21 @@ def _fp8_scale(q: QTensor) -> Tensor | None:
     return q.scale
 
 
-def concat(parts: Sequence[QTensor]) -> QTensor:
+def concat(parts: Sequence[QTensor], codes: Tensor | None = None) -> QTensor:
     """Stacks matrices of equal K (q, k, v) into one operand. Codes and scales are kept bit for bit.
 
-    Matrices of different schemes cannot share an operand. They are stacked in BF16, at the price of one rounding.
+    Matrices of different schemes cannot share an operand. They are stacked in BF16, at the price of one rounding. codes: of all
+    parts, [N, K], where these are its rows.
     """
     if len(parts) == 1:
-        return parts[0]
+        return parts[0] if codes is None else replace(parts[0], data=codes)
     shape = (sum(p.shape[0] for p in parts), parts[0].shape[1])
     if len({(p.scheme, p.data.dtype) for p in parts}) > 1:
         return QTensor(torch.cat([dequantize(p).bfloat16() for p in parts]), None, BF16, shape)
     scheme, scales = parts[0].scheme, [p.scale for p in parts if p.scale is not None]
     if not scales:
         return QTensor(_cat([p.data for p in parts]), None, scheme, shape)
-    data = _cat([p.data.view(torch.uint8) for p in parts]).view(parts[0].data.dtype)
+    data = _cat([p.data.view(torch.uint8) for p in parts]).view(parts[0].data.dtype) if codes is None else codes
     heights = [p.shape[0] for p in parts]
     split = any(len(s) > -(-n // BLOCK) for s, n in zip(scales, heights, strict=True))  # a row of scales per channel already
     if scheme.weight is Granularity.BLOCK and (split or any(n % BLOCK for n in heights[:-1])):  # tiles would span two matrices

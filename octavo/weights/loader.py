@@ -27,6 +27,7 @@ from octavo.weights.in_place import Put, fresh
 from octavo.weights.leftovers import skip_leftovers
 from octavo.weights.load_report import LoadReport
 from octavo.weights.names import why_missing
+from octavo.weights.parts_of_codes import PartsOfCodes, part_of
 from octavo.weights.reading_order import reading_order
 from octavo.weights.sources import Source
 
@@ -182,8 +183,8 @@ class Loader:
             parts = [read_weight(self, names[0], shapes[0], shard) for shard in shards]
             whole = concat([p if isinstance(p, QTensor) else QTensor(p, None, BF16, (len(p), p.shape[1])) for p in parts])
             return self.in_scheme(whole if whole.scheme.quantized else whole.data, shards[0], scheme)
-        each = zip(names, shapes, shards, strict=True)
-        return concat([self.stored(name, shape, shard, scheme) for name, shape, shard in each])
+        codes = PartsOfCodes(list(map(part_of, shapes, shards)), self.platform)
+        return concat([self.stored(*one, scheme, codes) for one in zip(names, shapes, shards, strict=True)], codes.whole)
 
     def embedding(self, shape: tuple[int, int], shard: Shard = WHOLE) -> Tensor | ops.PackedWeight:
         """This rank's part of this module's matrix [vocab, hidden], in the model's dtype.
@@ -213,12 +214,13 @@ class Loader:
         self.report.add("lm_head", BF16, 0, 0, 0, packed.held_bytes - matrix.nbytes)
         return packed
 
-    def stored(self, name: str, shape: tuple[int, int], shard: Shard, scheme: Scheme) -> QTensor:
-        """This rank's part of one matrix: its stored codes, or the matrix quantized to `scheme`."""
-        return self.in_scheme(read_weight(self, name, shape, shard), shard, scheme)
+    def stored(self, name: str, shape: tuple[int, int], shard: Shard, scheme: Scheme, codes: PartsOfCodes) -> QTensor:
+        """This rank's part of one matrix, the next of `codes`: its stored codes, or the matrix quantized to `scheme`."""
+        found = read_weight(self, name, shape, shard)
+        return self.in_scheme(found, shard, scheme, codes.next(found, scheme))
 
-    def in_scheme(self, found: QTensor | Tensor, shard: Shard, scheme: Scheme) -> QTensor:
-        """What was read of one matrix: stored codes as they are, or values quantized to `scheme`."""
+    def in_scheme(self, found: QTensor | Tensor, shard: Shard, scheme: Scheme, codes: Tensor | None = None) -> QTensor:
+        """What was read of one matrix: stored codes as they are, or values quantized to `scheme`, into `codes` if given."""
         if isinstance(found, QTensor):  # already quantized, so its codes are kept bit for bit
             if scheme.quantized and scheme.has_codes_of(found.scheme):
                 return replace(found, scheme=scheme)
@@ -229,7 +231,7 @@ class Loader:
         of_columns = scheme.weight is Granularity.ROW and shard.dim == 1
         spans_ranks = shard.size > 1 and (scheme.weight is Granularity.TENSOR or of_columns)
         dense = found if scheme.quantized else found.to(self.dtype)
-        return quantize(dense, scheme, self.platform.fp8_dtype, self.tp.max_reduce if spans_ranks else None)
+        return quantize(dense, scheme, self.platform.fp8_dtype, self.tp.max_reduce if spans_ranks else None, codes)
 
 
 def load(
@@ -292,9 +294,7 @@ def is_tied(places: Sequence[tuple[str, Any]]) -> bool:
 
 
 def check_read(loader: Loader, ignore: Sequence[str]) -> None:
-    """Raises OctavoError for a tensor that nothing has read, that no glob in `ignore` matches, and that the model cannot do
-    without. What it can is noted."""
-    extra = sorted(
-        n for n in loader.source.names - loader.seen if not any(fnmatch.fnmatchcase(n, pattern) for pattern in ignore)
-    )
+    """Raises OctavoError for a tensor that nothing read, no glob in `ignore` matches and the model needs; notes the others."""
+    unread = loader.source.names - loader.seen
+    extra = sorted(n for n in unread if not any(fnmatch.fnmatchcase(n, pattern) for pattern in ignore))
     skip_leftovers(extra, lambda name: loader.at("").read(name, None), loader.report.note)

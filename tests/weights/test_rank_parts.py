@@ -33,6 +33,7 @@ from octavo.quant.formats import WHOLE, Shard
 from octavo.quant.scheme import BLOCK, SCHEMES, Granularity
 from octavo.weights import Loader, SafetensorsSource, load
 from octavo.weights.checkpoint import Checkpoint, StoredTensor
+from octavo.weights.parts_of_codes import PartsOfCodes
 from octavo.weights.transfer import Transfer
 
 # Tiles of 128 that four ranks do not share evenly, or that are fewer than they; a head is a tile.
@@ -72,8 +73,8 @@ class Noting(Loader):
 
     parts: dict[str, Part] = field(default_factory=dict)
 
-    def stored(self, name: str, shape: tuple[int, int], shard: Shard, scheme: Scheme) -> QTensor:
-        q = super().stored(name, shape, shard, scheme)
+    def stored(self, name: str, shape: tuple[int, int], shard: Shard, scheme: Scheme, codes: PartsOfCodes) -> QTensor:
+        q = super().stored(name, shape, shard, scheme, codes)
         self.parts[f"{self.prefix}{name} {shard.within}"] = Part(shard, shape, q.data, q.scale, q.scheme)
         return q
 
