@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 from typing import Any, TypeVar
 
 import torch
@@ -85,7 +86,7 @@ def storage_bytes(model: nn.Module) -> int:
         elif isinstance(value, (list, tuple)):
             for one in value:
                 add(one)
-        elif hasattr(value, "__dict__"):
+        elif hasattr(value, "__dict__") and not isinstance(value, Enum):  # whose members lead to one another
             for one in vars(value).values():
                 add(one)
 

@@ -224,7 +224,7 @@ def test_random_weights_are_stored_as_config_json_says(tmp_path: Path) -> None:
         source = DummySource(stored_format_of({"quantization_config": quantization}))
         loader = Loader(source, CPU, QuantRules(), torch.bfloat16)
         loader.declare(["x"], [(256, 512)])
-        found = loader.stored("x", (256, 512), WHOLE, BF16)
+        found = loader.stacked(["x"], [(256, 512)], [WHOLE], BF16)
         assert found.scheme.quantized
         assert dequantize(found).std().item() == pytest.approx(source.std, rel=0.02)
 

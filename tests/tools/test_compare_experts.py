@@ -158,10 +158,10 @@ def test_one_layers_experts_are_in_memory_at_a_time(tmp_path: Path, monkeypatch:
     pack = layer_errors.ops.pack_experts
     watching = False
 
-    def watched(q: Any, *rest: Any) -> Any:
+    def watched(q: Any, *rest: Any, **options: Any) -> Any:
         if watching:
             alive.append(sum(ref() is not None for ref in made))
-        packed = pack(q, *rest)
+        packed = pack(q, *rest, **options)
         if watching:
             made.append(weakref.ref(packed))
         return packed
