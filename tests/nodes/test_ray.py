@@ -31,7 +31,7 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 def test_stages_are_actors_until_a_node_is_lost(expected: str) -> None:
     """Tokens are those of one rank; no rank is the API process's. A lost node ends streams; its room is free again."""
     words = [sys.executable, "-m", "nodes.ray_engine", json.dumps(PROMPT)]
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=PATHS), timeout=200)
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=PATHS), timeout=400)
     lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout + done.stderr
     found = json.loads(lines[0])
@@ -133,7 +133,7 @@ def test_nothing_imports_ray_before_it_is_asked_for() -> None:
 def test_replicas_behind_serve_lose_no_request_with_a_node() -> None:
     """The OpenAI client's requests that have not begun to stream run elsewhere; streams end whole, or with an error."""
     words = [sys.executable, "-m", "nodes.served_by_ray"]
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=PATHS), timeout=200)
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=PATHS), timeout=400)
     lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout + done.stderr
     found = json.loads(lines[0])
