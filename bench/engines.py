@@ -20,18 +20,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from bench.api_process import cpu_seconds
 from bench.large_models import BASE, PTPC, serving
 from octavo.tools.bench import online
 from octavo.tools.bench.workloads import Workload, model_directory
 
-HERTZ = os.sysconf("SC_CLK_TCK")
 WARM = 8  # tokens of a stream that compiles and captures what the measured ones use
-
-
-def cpu_seconds(pid: int) -> float:
-    """Of all threads of a process, its children's not."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / HERTZ
 
 
 def client(w: Workload, number: int, begin: Path) -> None:
@@ -62,10 +56,10 @@ def rate(directory: Path, engines: int, args: argparse.Namespace) -> float:
             assert one.stdout is not None
             if one.stdout.readline().strip() != "ready":
                 raise SystemExit(f"a client of {engines} engines did not get ready")
-        before = cpu_seconds(process.pid)
+        before, _ = cpu_seconds(process.pid)
         begin.touch()
         told = [json.loads(one.communicate()[0]) for one in clients]
-        spent, wall, tokens = cpu_seconds(process.pid) - before, max(t[0] for t in told), sum(t[1] for t in told)
+        spent, wall, tokens = cpu_seconds(process.pid)[0] - before, max(t[0] for t in told), sum(t[1] for t in told)
     process_s = f"the HTTP process {spent / wall:.0%} of a core, {1e6 * spent / tokens:.1f} us a token"
     print(f"{engines} engines: {tokens / wall:10,.0f} output tok/s, ready after {took:.1f} s, {process_s}", flush=True)
     return tokens / wall

@@ -1,7 +1,7 @@
 """One tensor for the FP8 codes of a weight whose parts (q, k, v) are quantized as they are read.
 
-It is made before its parts' values are, and where these are large, when the device has nothing of an earlier weight left: a
-caching allocator would put codes into a part of what values have left, and could then give back no more of it. So lost
+It is made once the values of its first part are there, and where it is large, after the device got back what earlier weights
+have left: a caching allocator would put codes into a part of that, and could then give back no more of it. So lost
 Llama-3.1-405B a tenth of its weights' size on each of four ranks (bench/LOG.md, "Four H200s").
 """
 
@@ -30,18 +30,17 @@ class PartsOfCodes:
         if not platform.is_cpu and sum(map(prod, parts)) >= LARGE:
             platform.release()
         self.whole: Tensor | None = None
-        self._rows, self._platform, self._start, self._all = [n for n, _ in parts], platform, 0, True
+        self._shape, self._platform = (sum(n for n, _ in parts), parts[0][1]), platform
+        self._start, self._apart = 0, False  # the next part's first row; whether a part has memory of its own
 
     def next(self, found: Tensor | QTensor, scheme: Scheme) -> Tensor | None:
         """Memory for the codes of the next part, of which `found` was read; None if it gets none."""
-        start, self._start = self._start, self._start + self._rows.pop(0)
-        self._all = self._all and isinstance(found, Tensor) and scheme.dtype is WeightDType.FP8
-        if not self._all or isinstance(found, QTensor):
-            self.whole = None
+        if self._apart or isinstance(found, QTensor) or scheme.dtype is not WeightDType.FP8:
+            self.whole, self._apart = None, True
             return None
         if self.whole is None:
-            rows = self._start + sum(self._rows)
-            self.whole = found.new_empty(rows, found.shape[1], dtype=self._platform.fp8_dtype)
+            self.whole = found.new_empty(self._shape, dtype=self._platform.fp8_dtype)
+        start, self._start = self._start, self._start + len(found)
         return self.whole[start : self._start]
 
 
