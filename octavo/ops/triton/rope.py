@@ -15,18 +15,18 @@ from octavo.ops.reference import SCALE_FLOOR
 from octavo.ops.triton.launch import cache_strides, head_strides, launch, power_of_2, round_to, scale_of, to_fp8, wait
 from octavo.platform import FP8_MAX
 
-__all__ = ["norm_rotate", "rope_write_kv", "write_new"]
+__all__ = ["finite", "norm_rotate", "rope_write_kv", "store_codes", "write_new"]
 
 TILES = ((512, 1, 4, 1), (1 << 31, 16, 2, 4))  # (up to this many tokens, tokens of a CTA, heads of a CTA, warps)
 
 
 @triton.jit
-def _finite(x):
+def finite(x):
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)  # NaN too: the cache holds finite values only
 
 
 @triton.jit
-def _store_codes(x, ok, cache, at, by, LIMIT: tl.constexpr):
+def store_codes(x, ok, cache, at, by, LIMIT: tl.constexpr):
     """Store x / by at the addresses `at`, as FP8 codes or in the cache's dtype."""
     dtype: tl.constexpr = cache.dtype.element_ty
     if dtype.primitive_bitwidth == 8:
@@ -68,12 +68,12 @@ def _store_values(
         token = tl.arange(0, TOKENS)
         apart = tl.sum(((place != start + token) | (ok == 0)).to(tl.int32), 0)
         if apart == 0 and start % 16 == 0:  # consecutive slots of one block: vectorized over tokens
-            _store_codes(x, inside, cache, rows + (tl.multiple_of(start, 16) + token)[None, None, :], by, LIMIT)
+            store_codes(x, inside, cache, rows + (tl.multiple_of(start, 16) + token)[None, None, :], by, LIMIT)
         else:
-            _store_codes(x, inside, cache, rows + place[None, None, :], by, LIMIT)
+            store_codes(x, inside, cache, rows + place[None, None, :], by, LIMIT)
     else:
         at = place[:, None, None] + (head * head_stride)[None, :, None] + (d * dim_stride)[None, None, :]
-        _store_codes(x, ok[:, None, None] & (d < D)[None, None, :], cache, at, by, LIMIT)
+        store_codes(x, ok[:, None, None] & (d < D)[None, None, :], cache, at, by, LIMIT)
 
 
 @triton.jit
@@ -111,11 +111,11 @@ def write_new(x, ok, cache, at, by, scale_at, PER_HEAD: tl.constexpr, LIMIT: tl.
     """Store one head [DP, 1] of a token to the cache at `at`, with the layer's scale, or a scale of its own stored at
     `scale_at`.
     """
-    x = _finite(x)
+    x = finite(x)
     if PER_HEAD:
         by = scale_of(tl.max(tl.abs(x)), LIMIT, FLOOR)
         tl.store(scale_at, by)
-    _store_codes(x, ok, cache, at, by, LIMIT)
+    store_codes(x, ok, cache, at, by, LIMIT)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -143,7 +143,7 @@ def _rope_write_kv(
         d = tl.arange(0, DP)
         inside = ok[:, None, None] & (d < D)[None, None, :]
         x = tl.load(v + row * v_stride + (head * D)[None, :, None] + d[None, None, :], mask=inside, other=0.0).to(tl.float32)
-        x = _finite(x)
+        x = finite(x)
         if PER_HEAD:
             by = _store_scales(tl.max(tl.abs(x), 2), ok, v_scales, scale_at, head, scale_head_stride, LIMIT, FLOOR)[:, :, None]
         elif BY_LAYER:
@@ -193,10 +193,10 @@ def _rope_write_kv(
         if rest:
             tl.store(to + R + e[None, None, :], z.to(dtype), mask=behind)
     else:
-        x, y = _finite(x), _finite(y)
+        x, y = finite(x), finite(y)
         most = tl.maximum(tl.max(tl.abs(x), 2), tl.max(tl.abs(y), 2))
         if rest:
-            z = _finite(z)
+            z = finite(z)
             most = tl.maximum(most, tl.max(tl.abs(z), 2))
         if PER_HEAD:
             by = _store_scales(most, ok, k_scales, scale_at, head, scale_head_stride, LIMIT, FLOOR)[:, :, None]
@@ -205,10 +205,10 @@ def _rope_write_kv(
         else:
             by = 1.0
         at = (block * block_stride + offset * k_token_stride)[:, None, None] + (head * D)[None, :, None]
-        _store_codes(x, inside, k_cache, at + d[None, None, :], by, LIMIT)
-        _store_codes(y, inside, k_cache, at + half + d[None, None, :], by, LIMIT)
+        store_codes(x, inside, k_cache, at + d[None, None, :], by, LIMIT)
+        store_codes(y, inside, k_cache, at + half + d[None, None, :], by, LIMIT)
         if rest:
-            _store_codes(z, behind, k_cache, at + R + e[None, None, :], by, LIMIT)
+            store_codes(z, behind, k_cache, at + R + e[None, None, :], by, LIMIT)
 
 
 def rope_write_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, slots: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from octavo.kvcache import KeyRounding, LayerCache
 from octavo.ops.contract import Rope
 from octavo.ops.triton.launch import head_strides, launch, power_of_2, release, to_fp8, wait
-from octavo.ops.triton.rope import norm_rotate, rope_write_kv
+from octavo.ops.triton.rope import finite, norm_rotate, rope_write_kv, store_codes
 from octavo.platform import FP8_MAX
 
 __all__ = ["rope_write_rounded_kv", "round_keys"]
@@ -27,7 +27,7 @@ CODES = {
 @triton.jit
 def _rounded(x, influence, order, head, d, by, D: tl.constexpr, LIMIT: tl.constexpr, CODE: tl.constexpr):
     """Keys x [DP, N] of a head, FP32, as codes of dtype CODE times `by`."""
-    x = tl.where(tl.abs(x) < float("inf"), x, 0.0)  # NaN too
+    x = finite(x)
     offset = tl.zeros(x.shape, tl.float32)
     for step in range(D):
         here = (d == tl.load(order + head * D + step))[:, None]
@@ -82,11 +82,10 @@ def _rewrite_keys(
     source = k + token.to(tl.int64) * k_stride + head * D + tl.arange(0, 1)[None, :]
     angles = cos_sin + tl.load(rotary_rows + token) * R
     x = norm_rotate(source, ok, norm, eps, angles, d, D, R, NORM)
-    dtype: tl.constexpr = cache.dtype.element_ty
-    x = _rounded(x, influence, order, head, d, by, D, LIMIT, dtype)
+    x = _rounded(x, influence, order, head, d, by, D, LIMIT, cache.dtype.element_ty)
     slot = tl.load(slots + token).to(tl.int64)
     at = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * token_stride + head * D + d[:, None]
-    tl.store(cache + at, to_fp8(tl.div_rn(x, by), LIMIT, dtype).to(dtype), mask=ok)
+    store_codes(x, ok, cache, at, by, LIMIT)
 
 
 def rope_write_rounded_kv(q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, slots: Tensor) -> Tensor:
