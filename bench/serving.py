@@ -4,22 +4,26 @@
     python -m bench.serving --size 25m --requests 1
 
 Every request sends 128 random tokens and asks for 128, greedy, ignoring EOS, streamed. Octavo runs as a user runs it, a server
-process and this client beside it on the same cores. transformers gets the whole batch at once, in its own process, in BF16 and
-in FP32 (a CPU without BF16 instructions runs its BF16 at a tenth of the speed). The ratio is to the faster of the two.
+process and this client beside it on the same cores; the servers of several settings run at once and take a batch each in turn.
+transformers gets the whole batch at once, in its own process before, in BF16 and in FP32 (a CPU without BF16 instructions runs
+its BF16 at a tenth of the speed). The ratio is to the faster of the two.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 SIZES = {
@@ -82,7 +86,9 @@ async def workload(port: int, batch: list[list[int]], output: int) -> tuple[floa
     return sum(count for count, _ in results) / seconds, sum(first for _, first in results) / len(results)
 
 
-def octavo(directory: Path, vocab: int, args: argparse.Namespace, flags: list[str]) -> dict[str, float]:
+@contextlib.contextmanager
+def octavo(directory: Path, flags: list[str]) -> Iterator[tuple[int, float]]:
+    """The port of a server of that model, and the seconds until it listened."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -109,16 +115,30 @@ def octavo(directory: Path, vocab: int, args: argparse.Namespace, flags: list[st
                 if server.poll() is not None:
                     sys.exit(f"octavo did not start: {server.stderr.read() if server.stderr else ''}")
                 time.sleep(0.02)
-        ready = time.perf_counter() - start
-        best, ttft = 0.0, 0.0
-        for seed in range(args.repeats + 1):  # the first is the warm-up
-            speed, first = asyncio.run(workload(port, prompts(args.requests, args.input, vocab, seed), args.output))
-            if seed and speed > best:
-                best, ttft = speed, first
-        return {"tok/s": best, "ready s": ready, "ttft s": ttft}
+        yield port, time.perf_counter() - start
     finally:
         server.terminate()
         server.wait()
+
+
+def measure(directory: Path, size: str, args: argparse.Namespace, runs: dict[str, list[str]], peer: float) -> None:
+    """Every server takes one batch a round, so that a machine's slow minutes fall on all of them."""
+    vocab = int(str(SIZES[size]["vocab_size"]))
+    with contextlib.ExitStack() as servers:
+        ports = {name: servers.enter_context(octavo(directory, flags)) for name, flags in runs.items()}
+        got: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+        for seed in range(args.repeats + 1):
+            for name, (port, _) in ports.items():
+                got[name].append(asyncio.run(workload(port, prompts(args.requests, args.input, vocab, seed), args.output)))
+    for name, batches in got.items():
+        speeds = sorted(speed for speed, _ in batches[1:])  # the first is the warm-up
+        best, first = max(batches[1:])
+        ratio = f"  {best / peer:.2f}x transformers" if peer else ""
+        print(
+            f"{size:>5}  octavo {name:<33} {best:9.1f} out tok/s (median {statistics.median(speeds):.1f}){ratio}"
+            f"  ready in {ports[name][1]:.1f} s, first token {first * 1000:.0f} ms",
+            flush=True,
+        )
 
 
 PEER = """
@@ -154,7 +174,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--input", type=int, default=128)
     parser.add_argument("--output", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3, help="measured batches, of which the best counts")
+    parser.add_argument("--repeats", type=int, default=3, help="measured batches of each, of which the best counts")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--all", action="store_true", help="also fp8_w8a16, an FP8 head, and BF16 weights and cache")
     args = parser.parse_args()
@@ -171,14 +191,7 @@ def main() -> None:
             print(f"{size:>5}  transformers generate {dtype:<18} {speed:9.1f} out tok/s", flush=True)
         with tempfile.TemporaryDirectory() as directory:
             (Path(directory) / "config.json").write_text(json.dumps(config))
-            for name, flags in runs.items():
-                got = octavo(Path(directory), int(str(config["vocab_size"])), args, flags)
-                ratio = f"  {got['tok/s'] / max(peers.values()):.2f}x transformers" if peers else ""
-                print(
-                    f"{size:>5}  octavo {name:<33} {got['tok/s']:9.1f} out tok/s{ratio}  ready in {got['ready s']:.1f} s,"
-                    f" first token {got['ttft s'] * 1000:.0f} ms",
-                    flush=True,
-                )
+            measure(Path(directory), size, args, runs, max(peers.values(), default=0.0))
 
 
 if __name__ == "__main__":
