@@ -151,10 +151,9 @@ def struct_of(q: QTensor, scale: Tensor | None, tokens: int) -> Linear:
 def is_tiled(q: QTensor) -> bool:
     """Whether the kernels hold a weight, or each of a stack, in the order in which matrix tiles read it.
 
-    FP8 codes and BF16 values are, unless their scales are of tiles, which are multiplied in FP32.
+    FP8 codes and BF16 values are.
     """
-    dense = q.data.dtype is torch.bfloat16 or q.data.dtype in FP8_MAX
-    return used() == "amx" and dense and q.scheme.weight is not Granularity.BLOCK
+    return used() == "amx" and (q.data.dtype is torch.bfloat16 or q.data.dtype in FP8_MAX)
 
 
 def tiled(values: Tensor, into: Tensor | None = None) -> Tensor:

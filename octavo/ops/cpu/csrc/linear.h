@@ -29,29 +29,30 @@ INLINE const char *NAME(token_at)(const LinearJob *job, int64_t token) {
     return (const char *)job->x + row * job->x_stride * size_of(job->kind);
 }
 
-/* A token's scale if it has a single one, else 1. */
-static float NAME(token_scale)(const LinearJob *job, const char *x) {
-    const Linear *w = job->w;
-    if (w->activation != PER_TOKEN) return 1;
-    float scale = NAME(amax_of)(x, job->kind, w->k) / FORMATS[w->kind].limit;
+/* The scale of `count` values. */
+static float NAME(scale_of)(const char *x, int kind, int64_t count, Format format) {
+    const float scale = NAME(amax_of)(x, kind, count) / format.limit;
     return scale < SCALE_FLOOR ? SCALE_FLOOR : scale;
 }
 
-/* `count` values of a token, at most one group, in FP32, quantized as the weight's scheme says; zeros up to whole vectors. */
-INLINE void NAME(quantize_group)(float *values, const LinearJob *job, const char *x, int64_t count, float scale) {
+/* A token's scale if it has a single one, else 1. */
+static float NAME(token_scale)(const LinearJob *job, const char *x) {
+    const Linear *w = job->w;
+    return w->activation == PER_TOKEN ? NAME(scale_of)(x, job->kind, w->k, FORMATS[w->kind]) : 1;
+}
+
+/* `count` values of a token, at most one group, in FP32, quantized as the weight's scheme says; zeros up to whole vectors. A
+   group's own scale is applied unless the job is grouped. Returns the scale. */
+INLINE float NAME(quantize_group)(float *values, const LinearJob *job, const char *x, int64_t count, float scale) {
     const int activation = job->w->activation;
     const Format format = FORMATS[job->w->kind];
     int64_t whole = (count + LANES - 1) / LANES * LANES;
     NAME(widen_row)(values, x, job->kind, count);
-    if (activation == NOT_QUANTIZED) return;
-    if (activation == PER_GROUP) {
-        scale = NAME(amax)(values, whole) / format.limit;
-        if (scale < SCALE_FLOOR) scale = SCALE_FLOOR;
-    }
-    for (int64_t i = 0; i < whole; i += VL) {
-        vf v = NAME(round_to)(NAME(load)(values + i), scale, format);
-        NAME(store)(values + i, activation == PER_GROUP ? v * scale : v);
-    }
+    if (activation == NOT_QUANTIZED) return scale;
+    if (activation == PER_GROUP) scale = NAME(scale_of)(x, job->kind, count, format);
+    const float undo = activation == PER_GROUP && !job->grouped ? scale : 1;
+    for (int64_t i = 0; i < whole; i += VL) NAME(store)(values + i, NAME(round_to)(NAME(load)(values + i), scale, format) * undo);
+    return scale;
 }
 
 #include "panel.h"
@@ -64,7 +65,7 @@ INLINE float NAME(scale_at)(const Linear *w, int64_t row, int64_t k) {
 
 INLINE void NAME(finish)(const LinearJob *job, int64_t token, int64_t row, float sum) {
     const Linear *w = job->w;
-    if (w->activation == PER_TOKEN) sum *= job->scale[token];
+    if (w->activation == PER_TOKEN && !job->grouped) sum *= job->scale[token];
     if (!w->scale_columns && w->scale) sum *= w->scale[row];
     put(job->y, job->y_kind, token * w->n + row, sum);
 }
@@ -74,7 +75,8 @@ INLINE void NAME(scale_sums)(const LinearJob *job, int64_t first, int64_t from, 
     const Linear *w = job->w;
     const int by_row = !w->scale_columns && w->scale;
     vf of_token[PARTS];
-    for (int p = 0; p < PARTS; p++) of_token[p] = w->activation == PER_TOKEN ? NAME(load)(job->scale + first + p * VL) : NAME(splat)(1);
+    const int by_token = w->activation == PER_TOKEN && !job->grouped;
+    for (int p = 0; p < PARTS; p++) of_token[p] = by_token ? NAME(load)(job->scale + first + p * VL) : NAME(splat)(1);
     for (int64_t row = 0; row < rows; row++)
         for (int p = 0; p < PARTS; p++)
             NAME(store)(values + row * LANES + p * VL, NAME(load)(sum + row * LANES + p * VL) * of_token[p] * (by_row ? w->scale[from + row] : 1));
@@ -159,6 +161,22 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int
     }
 }
 
+/* sums [rows][LANES] of rows from `from` on += those of the GROUP that begins at k, times its scales of a panel's tokens and of
+   the weight; all rows are in one block if blocks have more than one. */
+INLINE void NAME(add_group)(const LinearJob *job, int64_t panel, int64_t from, int64_t rows, int64_t k, const float *group, float *sums) {
+    const Linear *w = job->w;
+    const float *x_scale = x_scale_at(job, panel, k);
+    vf scale[PARTS];
+    for (int64_t i = 0; i < rows; i++) {
+        for (int p = 0; p < PARTS && (!i || w->scale_rows == 1); p++)
+            scale[p] = NAME(load)(x_scale + p * VL) * NAME(scale_at)(w, least(from + i, w->n - 1), k);
+        for (int p = 0; p < PARTS; p++) {
+            const int64_t at = i * LANES + p * VL;
+            NAME(store)(sums + at, NAME(load)(sums + at) + NAME(load)(group + at) * scale[p]);
+        }
+    }
+}
+
 #if DOT
 #include "pairs.h"
 #if TILES
@@ -166,17 +184,20 @@ INLINE void NAME(dot)(const LinearJob *job, int64_t from, int64_t to, int m, int
 #endif
 
 /* dot() in pairs. */
-INLINE void NAME(dot_of_pairs)(const LinearJob *job, int64_t from, int64_t to, int m, int kind) {
+INLINE void NAME(dot_of_pairs)(const LinearJob *job, int64_t from, int64_t to, int m, int kind, int grouped) {
     enum { SUMS = ROW_CHUNK / VL / 2 }; /* accumulators per token and row: several, to hide the dot product's latency */
+    _Static_assert(ROW_CHUNK == GROUP, "a step's sums have one scale");
     const Linear *w = job->w;
     const int64_t size = size_of(kind), whole = w->k / ROW_CHUNK * ROW_CHUNK, padded = job->k_padded;
     for (int64_t row = from; row < to; row++) {
         const char *at = (const char *)w->weight + row * w->stride * size;
         const uint16_t *x = (const uint16_t *)job->panel;
         char tail[ROW_CHUNK * 2];
-        vf sum[ROWS_MODE * SUMS];
+        vf sum[ROWS_MODE * SUMS], total[ROWS_MODE];
 #pragma GCC unroll 64
         for (int i = 0; i < m * SUMS; i++) sum[i] = (vf){0};
+#pragma GCC unroll 4
+        for (int i = 0; i < m; i++) total[i] = (vf){0};
         for (int64_t k = 0; k < padded; k += ROW_CHUNK, at += ROW_CHUNK * size, x += ROW_CHUNK) {
             if (k == whole) { /* memory after the last row may not be ours to read */
                 memset(tail, 0, sizeof tail);
@@ -195,13 +216,23 @@ INLINE void NAME(dot_of_pairs)(const LinearJob *job, int64_t from, int64_t to, i
                     sum[i / 2 * SUMS + part + i % 2] = NAME(dot_pairs)(sum[i / 2 * SUMS + part + i % 2], other, v[i % 2]);
                 }
             }
+#pragma GCC unroll 4
+            for (int i = 0; grouped && i < m; i++) {
+                vf *of = sum + i * SUMS;
+                const float scale = NAME(scale_at)(w, row, k) * *x_scale_at(job, i, k);
+#pragma GCC unroll 32
+                for (int j = 1; j < SUMS; j++) of[0] += of[j];
+                total[i] += of[0] * scale;
+#pragma GCC unroll 32
+                for (int j = 0; j < SUMS; j++) of[j] = (vf){0};
+            }
         }
 #pragma GCC unroll 4
         for (int i = 0; i < m; i++) {
             vf *of = sum + i * SUMS;
 #pragma GCC unroll 32
-            for (int j = 1; j < SUMS; j++) of[0] += of[j];
-            NAME(finish)(job, i, row, NAME(sum)(of[0]));
+            for (int j = 1; !grouped && j < SUMS; j++) of[0] += of[j];
+            NAME(finish)(job, i, row, NAME(sum)(grouped ? total[i] : of[0]));
         }
     }
 }
@@ -287,7 +318,8 @@ static __attribute__((noinline)) void NAME(panels)(const LinearJob *job, int64_t
 #endif
 #define DOTS(m, kind)                                                                                           \
     static __attribute__((noinline)) void NAME(dots_##m##_##kind)(const LinearJob *job, int64_t from, int64_t to) { \
-        IF_PAIRS(NAME(dot_of_pairs)(job, from, to, m, kind))                                                     \
+        IF_PAIRS(if (kind >= E4M3 && job->grouped) NAME(dot_of_pairs)(job, from, to, m, kind, 1);                \
+                 else NAME(dot_of_pairs)(job, from, to, m, kind, 0))                                             \
         if (job->w->scale_columns) NAME(dot)(job, from, to, m, kind, 1);                                         \
         else NAME(dot)(job, from, to, m, kind, 0);                                                               \
     }

@@ -126,14 +126,19 @@ INLINE void NAME(widen_chunk)(const Linear *w, const char *const *at, int rows, 
 }
 
 /* sums [panels][LANES][LANES] of `rows` rows from `from` on (the last one is repeated if there are fewer) times `panels`
-   panels of tokens. While some values of k are multiplied, the next are widened. */
-INLINE void NAME(tile_of_pairs)(const LinearJob *job, int64_t from, int64_t panel, int rows, int panels, int kind, float *sums) {
+   panels of tokens. While some values of k are multiplied, the next are widened. grouped: as the job is. */
+INLINE void NAME(tile_of_pairs)(const LinearJob *job, int64_t from, int64_t panel, int rows, int panels, int kind, int grouped, float *sums) {
     const Linear *w = job->w;
     const int64_t chunks = job->k_padded / CHUNK, next = rows * w->stride * size_of(kind);
     const char *at[ONE_PANEL], *x = (const char *)NAME(panel_at)(job, panel, 0);
     uint16_t wide[2][ONE_PANEL * CHUNK] __attribute__((aligned(64)));
     vf sum[2 * TWO_PANELS * PARTS];
-    for (int i = 0; i < rows; i++) at[i] = (const char *)w->weight + least(from + i, w->n - 1) * w->stride * size_of(kind);
+    const float *scale[ONE_PANEL];
+    for (int i = 0; i < rows; i++) {
+        const int64_t row = least(from + i, w->n - 1);
+        at[i] = (const char *)w->weight + row * w->stride * size_of(kind);
+        if (grouped) scale[i] = w->scale + row / w->scale_rows * w->scale_columns;
+    }
 #pragma GCC unroll 128
     for (int i = 0; i < rows * panels * PARTS; i++) sum[i] = (vf){0};
     NAME(widen_chunk)(w, at, rows, next, 0, kind, wide[0]);
@@ -157,28 +162,38 @@ INLINE void NAME(tile_of_pairs)(const LinearJob *job, int64_t from, int64_t pane
                 }
             }
         }
-    }
+        if (grouped && (c % 2 == 0 && c + 1 < chunks)) continue; /* within a group */
+        if (!grouped && c + 1 < chunks) continue;
 #pragma GCC unroll 128
-    for (int i = 0; i < rows * panels * PARTS; i++)
-        NAME(store)(sums + (i / PARTS % panels * LANES + i / PARTS / panels) * LANES + i % PARTS * VL, sum[i]);
+        for (int i = 0; i < rows * panels * PARTS; i++) {
+            const int p = i / PARTS % panels, row = i / PARTS / panels;
+            float *to = sums + (p * LANES + row) * LANES + i % PARTS * VL;
+            const vf by = grouped ? NAME(load)(x_scale_at(job, panel + p, c * CHUNK) + i % PARTS * VL) * scale[row][c / 2] : sum[i];
+            NAME(store)(to, grouped ? NAME(load)(to) + sum[i] * by : sum[i]); /* in one expression, so that all forms contract it */
+            sum[i] = (vf){0};
+        }
+    }
 }
 
 /* LANES rows from `from` on times `panels` panels of tokens. */
-INLINE void NAME(rows_of_pairs)(const LinearJob *job, int64_t from, int64_t panel, int panels, int kind) {
+INLINE void NAME(rows_of_pairs)(const LinearJob *job, int64_t from, int64_t panel, int panels, int kind, int grouped) {
     const int64_t to = least(from + LANES, job->w->n);
     float sums[2 * LANES * LANES] __attribute__((aligned(64)));
-    if (panels == 1) NAME(tile_of_pairs)(job, from, panel, ONE_PANEL, 1, kind, sums);
+    if (grouped) memset(sums, 0, sizeof sums);
+    if (panels == 1) NAME(tile_of_pairs)(job, from, panel, ONE_PANEL, 1, kind, grouped, sums);
     else for (int64_t row = 0; row < to - from; row += TWO_PANELS)
-        NAME(tile_of_pairs)(job, from + row, panel, TWO_PANELS, 2, kind, sums + row * LANES);
+        NAME(tile_of_pairs)(job, from + row, panel, TWO_PANELS, 2, kind, grouped, sums + row * LANES);
     for (int p = 0; p < panels; p++) NAME(finish_panel)(job, panel + p, from, to, sums + p * LANES * LANES);
 }
 
 #define PANELS(kind)                                                                                                        \
     static __attribute__((noinline)) void NAME(one_panel_##kind)(const LinearJob *job, int64_t from, int64_t panel) {      \
-        NAME(rows_of_pairs)(job, from, panel, 1, kind);                                                                    \
+        if (kind >= E4M3 && job->grouped) NAME(rows_of_pairs)(job, from, panel, 1, kind, 1);                               \
+        else NAME(rows_of_pairs)(job, from, panel, 1, kind, 0);                                                            \
     }                                                                                                                      \
     static __attribute__((noinline)) void NAME(two_panels_##kind)(const LinearJob *job, int64_t from, int64_t panel) {     \
-        NAME(rows_of_pairs)(job, from, panel, 2, kind);                                                                    \
+        if (kind >= E4M3 && job->grouped) NAME(rows_of_pairs)(job, from, panel, 2, kind, 1);                               \
+        else NAME(rows_of_pairs)(job, from, panel, 2, kind, 0);                                                            \
     }
 PANELS(BF16)
 PANELS(E4M3)

@@ -59,11 +59,10 @@ static void NAME(prepare_row)(const LinearJob *job, int64_t token) {
     const char *x = NAME(token_at)(job, token);
     const float scale = NAME(token_scale)(job, x);
     float values[GROUP], *dst = job->panel + token * job->k_padded;
-    job->scale[token] = scale;
     for (int64_t at = 0; at < job->k_padded; at += GROUP) {
         const int64_t count = least(GROUP, job->w->k - at), padded = least(GROUP, job->k_padded - at);
         memset(values, 0, sizeof values);
-        if (count > 0) NAME(quantize_group)(values, job, x + at * size_of(job->kind), count, scale);
+        *x_scale_at(job, token, at) = NAME(quantize_group)(values, job, x + at * size_of(job->kind), count, scale);
         for (int64_t i = 0; MIXED(job->w->kind) && !job->pairs && i < padded; i += 32) NAME(mix)(values + i);
         if (job->w->kind == INT4) NAME(mix_nibbles)(values, job->pairs);
         if (job->pairs) NAME(narrow_row)(job->panel, BF16, token * job->k_padded + at, values, padded);
@@ -124,10 +123,14 @@ INLINE void NAME(prepare_pairs)(const LinearJob *job, int64_t panel, int64_t par
     for (int64_t i = 0; i < lanes; i++) {
         x[i] = NAME(token_at)(job, panel * LANES + i);
         scale[i] = NAME(token_scale)(job, x[i]), inverse[i] = 1 / scale[i];
-        if (!part) job->scale[panel * LANES + i] = scale[i];
+        if (!part) x_scale_at(job, panel, 0)[i] = scale[i];
     }
     for (int64_t at = groups * part / job->parts * GROUP; at < least(groups * (part + 1) / job->parts * GROUP, job->k_padded); at += GROUP) {
         const int64_t count = least(GROUP, job->k_padded - at);
+        for (int64_t i = 0; job->grouped && i < lanes; i++) {
+            if (quantized) scale[i] = NAME(scale_of)(x[i] + at * size_of(kind), kind, least(GROUP, k - at), format), inverse[i] = 1 / scale[i];
+            x_scale_at(job, panel, at)[i] = scale[i];
+        }
         for (int64_t i = 0; i < lanes; i++)
             for (int64_t j = 0; j < count; j += 2 * LANES)
                 NAME(words_of)(x[i], at + j, k, scale[i], inverse[i], kind, quantized, format, words[i] + j / 2);
@@ -156,7 +159,7 @@ static void NAME(prepare_panel)(const LinearJob *job, int64_t panel, int64_t par
     const int64_t lanes = least(LANES, job->m - panel * LANES);
 #if DOT
     if (job->pairs && job->w->kind != INT4) {
-        const int quantized = job->w->activation == PER_TOKEN; /* else values are BF16 */
+        const int quantized = job->w->activation != NOT_QUANTIZED; /* else values are BF16 */
         if (quantized) (job->kind == BF16 ? NAME(pairs_of_codes) : NAME(pairs_of_wide))(job, panel, part);
         else (APART(job->w->kind) ? NAME(pairs_apart) : NAME(pairs_of_values))(job, panel, part);
         return;

@@ -23,6 +23,7 @@ static LinearJob job_in(int way, const Linear *w, const void *x, int64_t m, int6
     const int64_t chunk = w->kind == INT4 ? GROUP : is_panel || !pairs ? CHUNK : ROW_CHUNK;
     LinearJob job = {.w = w, .x = x, .y = y, .m = m, .x_stride = x_stride, .k_padded = (w->k + chunk - 1) / chunk * chunk,
                      .token_tasks = 1, .kind = kind, .y_kind = y_kind, .is_panel = is_panel, .pairs = pairs, .tiles = tiles};
+    job.grouped = pairs && w->scale_columns;
     job.parts = least((w->k + GROUP - 1) / GROUP, (threads + panels - 1) / panels);
     if (is_panel) {
         job.task_rows = tiles ? (panels > 1 ? BLOCK_OF_TILES : TASK_OF_TILES) : !pairs ? TASK_ROWS : panels > 1 ? TASK_OF_PAIRS : LANES;
@@ -38,9 +39,10 @@ static LinearJob job_in(int way, const Linear *w, const void *x, int64_t m, int6
 /* job_in() the way that is best for the weight and the number of tokens. */
 static LinearJob job_of(const Linear *w, const void *x, int64_t m, int64_t x_stride, void *y, int32_t kind, int32_t y_kind,
                         int64_t threads) {
-    const int exact = w->activation == PER_TOKEN || (w->activation == NOT_QUANTIZED && kind == BF16); /* x is exact in BF16 */
-    const int by_kind = exact && w->kind != F32 && !w->scale_columns ? way_of(w->kind, m) : IN_FP32;
-    const int way = !w->tiled ? by_kind : !exact ? IN_FP32 : m > 1 ? IN_TILES : IN_PAIRS;
+    const int exact = w->activation != NOT_QUANTIZED || kind == BF16; /* x, or its codes, are exact in BF16 */
+    const int by_kind = exact && w->kind != F32 ? way_of(w->kind, m) : IN_FP32;
+    const int of_rows = by_kind == IN_TILES && w->scale_columns ? IN_PAIRS : by_kind; /* such weights are tiled otherwise */
+    const int way = !w->tiled ? of_rows : !exact ? IN_FP32 : m > 1 ? IN_TILES : IN_PAIRS;
     return job_in(way, w, x, m, x_stride, y, kind, y_kind, threads);
 }
 
@@ -48,7 +50,7 @@ static LinearJob job_of(const Linear *w, const void *x, int64_t m, int64_t x_str
 static int64_t rows_held(const LinearJob *job) { return job->is_panel ? (job->m + LANES - 1) / LANES * LANES : job->m; }
 
 /* FP32 values of a job's memory: scales, then x as it is multiplied. */
-static size_t scales_held(const LinearJob *job) { return (size_t)(job->m + LANES - 1) / LANES * LANES; }
+static size_t scales_held(const LinearJob *job) { return (size_t)((job->m + LANES - 1) / LANES * LANES * (job->grouped ? job->w->scale_columns : 1)); }
 static size_t floats_held(const LinearJob *job) { return scales_held(job) + (size_t)rows_held(job) * (size_t)job->k_padded; }
 static void place(LinearJob *job, float *memory) { job->scale = memory, job->panel = memory + scales_held(job); }
 

@@ -112,13 +112,17 @@ INLINE void NAME(zero_sums)(void) {
 }
 
 /* Those by one panel. */
-INLINE void NAME(finish_sums)(const LinearJob *job, int64_t panel, int64_t from, int64_t to) {
-    float sums[FEW_TILED * LANES] __attribute__((aligned(64)));
+INLINE void NAME(store_sums)(float *sums) {
     TILE_STORE(0, sums, 64);
     TILE_STORE(1, sums + LANES * LANES, 64);
     TILE_STORE(2, sums + 2 * LANES * LANES, 64);
     TILE_STORE(3, sums + 3 * LANES * LANES, 64);
     TILE_FENCE();
+}
+
+INLINE void NAME(finish_sums)(const LinearJob *job, int64_t panel, int64_t from, int64_t to) {
+    float sums[FEW_TILED * LANES] __attribute__((aligned(64)));
+    NAME(store_sums)(sums);
     NAME(finish_panel)(job, panel, from, to, sums);
 }
 
@@ -173,16 +177,21 @@ INLINE void NAME(one_panel_of_tiles)(const LinearJob *job, int64_t from, int64_t
     NAME(finish_sums)(job, panel, from, to);
 }
 
-/* Up to BLOCK_ROWS rows times several panels: BLOCK_DEPTH values of all rows are widened, then multiplied by all panels. */
-INLINE void NAME(panels_of_tiles)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, int64_t last_panel, int kind) {
+/* Up to BLOCK_ROWS rows times several panels: BLOCK_DEPTH values of all rows are widened, then multiplied by all panels; of a
+   grouped job a GROUP, whose sums are scaled before they are added. */
+INLINE void NAME(panels_of_tiles)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, int64_t last_panel, int kind,
+                                   int grouped) {
     const Linear *w = job->w;
     const int64_t apart = job->k_padded * LANES * 2, rows = to - from, padded = (rows + TILED_ROWS - 1) / TILED_ROWS * TILED_ROWS;
+    const int64_t most = grouped ? GROUP : BLOCK_DEPTH;
     NAME(Place) place;
     uint16_t wide[BLOCK_ROWS * BLOCK_DEPTH] __attribute__((aligned(64)));
+    float group_sums[2 * TILED_ROWS * LANES] __attribute__((aligned(64)));
     float sums[CHUNK_TOKENS / LANES * BLOCK_ROWS * LANES] __attribute__((aligned(64)));
+    if (grouped) memset(sums, 0, sizeof *sums * (size_t)((last_panel - first_panel) * BLOCK_ROWS * LANES));
     NAME(find_rows)(w, from, BLOCK_ROWS, job->task_rows, &place);
-    for (int64_t k = 0; k < job->k_padded; k += BLOCK_DEPTH) {
-        const int64_t depth = least(BLOCK_DEPTH, job->k_padded - k);
+    for (int64_t k = 0; k < job->k_padded; k += most) {
+        const int64_t depth = least(most, job->k_padded - k);
         for (int64_t group = 0; group < padded; group += GROUP_ROWS) { /* in the order of a tiled weight */
             for (int64_t j = 0; j < depth; j += CHUNK) {
                 for (int64_t i = group; i < least(group + GROUP_ROWS, padded); i += LANES) {
@@ -200,7 +209,7 @@ INLINE void NAME(panels_of_tiles)(const LinearJob *job, int64_t from, int64_t to
                 const char *x = panel;
                 const uint16_t *a = wide + i * BLOCK_DEPTH, *end = a + depth * TILED_ROWS;
                 float *sum = sums + ((p - first_panel) * BLOCK_ROWS + i) * LANES, *more = sum + BLOCK_ROWS * LANES;
-                if (k) {
+                if (k && !grouped) {
                     TILE_LOAD(0, sum, 64);
                     TILE_LOAD(1, sum + LANES * LANES, 64);
                     if (panels == 2) {
@@ -218,12 +227,18 @@ INLINE void NAME(panels_of_tiles)(const LinearJob *job, int64_t from, int64_t to
                 if (panels == 2) CHUNK_OF_STEPS(2)
                 else CHUNK_OF_STEPS(1)
 #undef CHUNK_OF_STEPS
-                TILE_STORE(0, sum, 64);
-                TILE_STORE(1, sum + LANES * LANES, 64);
+                float *to_sum = grouped ? group_sums : sum, *to_more = grouped ? group_sums + TILED_ROWS * LANES : more;
+                TILE_STORE(0, to_sum, 64);
+                TILE_STORE(1, to_sum + LANES * LANES, 64);
                 if (panels == 2) {
-                    TILE_STORE(2, more, 64);
-                    TILE_STORE(3, more + LANES * LANES, 64);
+                    TILE_STORE(2, to_more, 64);
+                    TILE_STORE(3, to_more + LANES * LANES, 64);
                 }
+                if (!grouped) continue;
+                TILE_FENCE();
+                NAME(add_group)(job, p, from + i, TILED_ROWS, k, to_sum, sum);
+                if (panels == 2) NAME(add_group)(job, p + 1, from + i, TILED_ROWS, k, to_more, more);
+                TILE_FENCE();
             }
         }
         TILE_FENCE();
@@ -232,7 +247,7 @@ INLINE void NAME(panels_of_tiles)(const LinearJob *job, int64_t from, int64_t to
 }
 
 /* one_panel_of_tiles() of FEW_TILED rows of a tiled weight, whose order lets the loop do without all that differs. */
-INLINE void NAME(one_panel_of_groups)(const LinearJob *job, int64_t from, int64_t to, int64_t panel, int kind) {
+INLINE void NAME(one_panel_of_groups)(const LinearJob *job, int64_t from, int64_t to, int64_t panel, int kind, int grouped) {
     const int64_t chunks = job->k_padded / CHUNK, tile = LANES * TILED_BYTES;
     const char *x = (const char *)NAME(panel_at)(job, panel, 0), *at = tiled_at(job->w, from, 0);
     uint16_t wide_of[2][FEW_TILED * CHUNK] __attribute__((aligned(64)));
@@ -254,6 +269,8 @@ INLINE void NAME(one_panel_of_groups)(const LinearJob *job, int64_t from, int64_
         NAME(finish_sums)(job, panel, from, to);
         return;
     }
+    float sums[FEW_TILED * LANES] __attribute__((aligned(64))), group_sums[FEW_TILED * LANES] __attribute__((aligned(64)));
+    if (grouped) memset(sums, 0, sizeof sums);
     for (int i = 0; i < FEW_TILED; i += LANES) NAME(widen_group)(at + i * TILED_BYTES, kind, wide_of[0] + i * CHUNK);
     for (int64_t c = 0; c < chunks; c++, x += 2 * TILE_BYTES) {
         const uint16_t *wide = wide_of[c % 2];
@@ -271,32 +288,40 @@ INLINE void NAME(one_panel_of_groups)(const LinearJob *job, int64_t from, int64_
         NEXT_TILE(2)
         NEXT_TILE(3)
 #undef NEXT_TILE
+        if (!grouped || (c % 2 == 0 && c + 1 < chunks)) continue;
+        NAME(store_sums)(group_sums);
+        NAME(add_group)(job, panel, from, FEW_TILED, c / 2 * GROUP, group_sums, sums);
+        NAME(zero_sums)();
     }
-    NAME(finish_sums)(job, panel, from, to);
+    if (grouped) NAME(finish_panel)(job, panel, from, to, sums);
+    else NAME(finish_sums)(job, panel, from, to);
 }
 
-#define TILES_OF(kind)                                                                                                          \
-    static __attribute__((noinline)) void NAME(tiles_##kind)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, \
+#define TILES_OF(kind, name, grouped)                                                                                           \
+    static __attribute__((noinline)) void NAME(tiles_##name)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, \
                                                              int64_t last_panel) {                                              \
         if (last_panel - first_panel > 1 || to - from > FEW_TILED)                                                              \
-            NAME(panels_of_tiles)(job, from, to, first_panel, last_panel, kind);                                                \
+            NAME(panels_of_tiles)(job, from, to, first_panel, last_panel, kind, grouped);                                       \
         else if (job->w->tiled)                                                                                                 \
-            NAME(one_panel_of_groups)(job, from, to, first_panel, kind);                                                        \
+            NAME(one_panel_of_groups)(job, from, to, first_panel, kind, grouped);                                               \
         else                                                                                                                    \
             NAME(one_panel_of_tiles)(job, from, to, first_panel, kind);                                                         \
     }
-TILES_OF(BF16)
-TILES_OF(E4M3)
-TILES_OF(E5M2)
+TILES_OF(BF16, BF16, 0)
+TILES_OF(E4M3, E4M3, 0)
+TILES_OF(E5M2, E5M2, 0)
+TILES_OF(E4M3, E4M3_grouped, 1)
+TILES_OF(E5M2, E5M2_grouped, 1)
 #undef TILES_OF
 static void NAME(tiles)(const LinearJob *job, int64_t from, int64_t to, int64_t first_panel, int64_t last_panel) {
     static void (*const by_kind[])(const LinearJob *, int64_t, int64_t, int64_t, int64_t) = {
         [BF16] = NAME(tiles_BF16), [E4M3] = NAME(tiles_E4M3), [E4M3FNUZ] = NAME(tiles_E4M3), [E5M2] = NAME(tiles_E5M2)};
-    by_kind[job->w->kind](job, from, to, first_panel, last_panel);
+    if (!job->grouped) by_kind[job->w->kind](job, from, to, first_panel, last_panel);
+    else (job->w->kind == E5M2 ? NAME(tiles_E5M2_grouped) : NAME(tiles_E4M3_grouped))(job, from, to, first_panel, last_panel);
 }
 
 /* One token times groups of a tiled weight, by the dot product. The sums of a group are in L1, so that it is read in order. */
-INLINE void NAME(dot_of_groups)(const LinearJob *job, int64_t from, int64_t to, int kind) {
+INLINE void NAME(dot_of_groups)(const LinearJob *job, int64_t from, int64_t to, int kind, int grouped) {
     const Linear *w = job->w;
     const int64_t lines = group_bytes(w) / TILED_STEP, each = TILED_BYTES / size_of(kind);
     const char *at = tiled_at(w, from * GROUP_ROWS, 0);
@@ -305,9 +330,13 @@ INLINE void NAME(dot_of_groups)(const LinearJob *job, int64_t from, int64_t to, 
         memset(sums, 0, sizeof sums);
         for (int64_t line = 0; line < lines; line++) {
             const uint16_t *x = (const uint16_t *)job->panel + line * each;
+            const float x_scale = grouped ? *x_scale_at(job, 0, line * each) : 1;
+            const float *scale_of = grouped ? w->scale + line * each / GROUP : NULL;
+            float scale = grouped ? NAME(scale_at)(w, group * GROUP_ROWS, line * each) * x_scale : 1;
 #pragma GCC unroll 8
             for (int row = 0; row < GROUP_ROWS; row++, at += TILED_BYTES) {
-                vf sum = NAME(load)(sums + row * VL);
+                const vf before = NAME(load)(sums + row * VL);
+                vf sum = grouped ? (vf){0} : before;
                 __builtin_prefetch(at + TILE_AHEAD, 0, 2);
                 for (int u = 0; u < each; u += kind == BF16 ? UNIT / 2 : UNIT) {
                     vp v[2], even, odd;
@@ -319,7 +348,8 @@ INLINE void NAME(dot_of_groups)(const LinearJob *job, int64_t from, int64_t to, 
                     memcpy(&odd, x + u + UNIT / 2, sizeof odd);
                     sum = NAME(dot_pairs)(sum, odd, v[1]);
                 }
-                NAME(store)(sums + row * VL, sum);
+                if (grouped && w->scale_rows == 1) scale = scale_of[least(group * GROUP_ROWS + row, w->n - 1) * w->scale_columns] * x_scale;
+                NAME(store)(sums + row * VL, grouped ? before + sum * scale : sum);
             }
         }
         for (int i = 0; i < GROUP_ROWS; i += LANES) NAME(sums)(sums + i * VL, columns + i);
@@ -328,6 +358,14 @@ INLINE void NAME(dot_of_groups)(const LinearJob *job, int64_t from, int64_t to, 
     }
 }
 
-static __attribute__((noinline)) void NAME(groups_BF16)(const LinearJob *job, int64_t from, int64_t to) { NAME(dot_of_groups)(job, from, to, BF16); }
-static __attribute__((noinline)) void NAME(groups_E4M3)(const LinearJob *job, int64_t from, int64_t to) { NAME(dot_of_groups)(job, from, to, E4M3); }
-static __attribute__((noinline)) void NAME(groups_E5M2)(const LinearJob *job, int64_t from, int64_t to) { NAME(dot_of_groups)(job, from, to, E5M2); }
+#define GROUPS_OF(kind, grouped) NAME(dot_of_groups)(job, from, to, kind, grouped)
+static __attribute__((noinline)) void NAME(groups_BF16)(const LinearJob *job, int64_t from, int64_t to) { GROUPS_OF(BF16, 0); }
+static __attribute__((noinline)) void NAME(groups_E4M3)(const LinearJob *job, int64_t from, int64_t to) {
+    if (job->grouped) GROUPS_OF(E4M3, 1);
+    else GROUPS_OF(E4M3, 0);
+}
+static __attribute__((noinline)) void NAME(groups_E5M2)(const LinearJob *job, int64_t from, int64_t to) {
+    if (job->grouped) GROUPS_OF(E5M2, 1);
+    else GROUPS_OF(E5M2, 0);
+}
+#undef GROUPS_OF

@@ -68,9 +68,10 @@ typedef struct {
     const void *x;
     void *y;
     const int32_t *order;
-    float *panel, *scale; /* x in FP32, quantized: rows, or panels of LANES tokens (BF16 for `pairs`); scale per token */
+    float *panel, *scale; /* x in FP32, quantized: rows, or panels of LANES tokens (BF16 for `pairs`); scales of tokens */
     int64_t m, each, x_stride, k_padded, row_tasks, token_tasks, task_rows, parts; /* parts: tasks that prepare a panel */
     int32_t kind, y_kind, is_panel, pairs, tiles; /* tiles: panels of pairs are multiplied by matrix tiles */
+    int32_t grouped; /* pairs hold codes, and each GROUP's sum is scaled: `scale` is per token and group, see x_scale_at() */
 } LinearJob;
 
 typedef struct {
@@ -295,6 +296,12 @@ static inline void put(void *y, int kind, int64_t i, float value) {
 static inline int64_t size_of(int kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }
 static inline int64_t groups_of(const Linear *w) { return (w->k + w->group - 1) / w->group; } /* scales of a row of INT4 */
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Scales of a token that is a row, or of the LANES tokens of a panel, for the group of values that begins at k. */
+static inline float *x_scale_at(const LinearJob *job, int64_t row, int64_t k) {
+    const int64_t each = job->is_panel ? LANES : 1;
+    return job->scale + (job->grouped ? row * job->w->scale_columns + k / GROUP : row) * each;
+}
 
 /* Bytes of a group of rows of a tiled weight, and where it has row `row` from position k on, which begins TILED_BYTES. */
 static inline int64_t group_bytes(const Linear *w) { return (w->k + TILED_K - 1) / TILED_K * TILED_K * size_of(w->kind) * GROUP_ROWS; }
