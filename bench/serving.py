@@ -176,11 +176,12 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3, help="measured batches of each, of which the best counts")
     parser.add_argument("--no-peer", action="store_true")
-    parser.add_argument("--all", action="store_true", help="also fp8_w8a16, an FP8 head, and BF16 weights and cache")
+    parser.add_argument("--all", action="store_true", help="also fp8_block, fp8_w8a16, an FP8 head, and BF16 weights and cache")
     args = parser.parse_args()
     runs = {"ptpc_fp8 + FP8 KV": ["--quantization", "ptpc_fp8", "--kv-cache-dtype", "fp8"]}
     if args.all:
-        runs["fp8_w8a16 + FP8 KV"] = ["--quantization", "fp8_w8a16", "--kv-cache-dtype", "fp8"]
+        for scheme in ("fp8_block", "fp8_w8a16"):
+            runs[f"{scheme} + FP8 KV"] = ["--quantization", scheme, "--kv-cache-dtype", "fp8"]
         runs["ptpc_fp8 + FP8 KV, head FP8 too"] = [*runs["ptpc_fp8 + FP8 KV"], "--quantize-lm-head"]
         runs["bf16"] = []
     print(f"{args.requests} requests of {args.input} in, {args.output} out; {len(os.sched_getaffinity(0))} cores")

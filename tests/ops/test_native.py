@@ -134,7 +134,7 @@ def test_values_of_any_size_in_a_cache_with_scales(rows: list[tuple[int, int]], 
 
 @on_each_instruction_set
 @over("fmt", [E4M3FN, E4M3FNUZ, E5M2])
-@over("scheme", [FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_W8A16])
+@over("scheme", QUANTIZED)
 @over("shape", [(67, 538, 128), (35, 290, 1100), (20, 33, 70), (130, 3, 64)])
 def test_blocks_of_many_tokens(shape: tuple[int, int, int], scheme: Scheme, fmt: Format) -> None:
     """More rows and values than matrix tiles take at a time; weights small enough that some codes have no leading one."""
