@@ -237,7 +237,7 @@ def test_deepseek_v32_on_eight(accelerator: str, memory: int, scheme: tuple[str,
     assert fit.weights / 1e9 == pytest.approx(weights, rel=1e-3)
     working = plan.question.subject.model(8).workspace_bytes(8192) + 256 * 129_280 * 4 * 6
     positions = 163_840 * 64 * 4
-    room = 0.9 * memory - (1 << 29) - fit.weights - positions - working  # less what a driver takes
+    room = 0.9 * memory - (3 << 29) - fit.weights - positions - working  # less what a driver takes, and NCCL
     assert fit.tokens == pytest.approx(max(0, room) / token, abs=64)
     assert fit.max_model_len == (163_840 if room > 0 else 0)
     assert (room > 0) == (scheme != ("-q", "bf16"))

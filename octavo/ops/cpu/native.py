@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Iterable, Sequence
 from ctypes import byref
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor, get_num_threads
@@ -48,6 +49,7 @@ __all__ = [
     "held_scale",
     "is_readable",
     "is_tiled",
+    "packed_bytes",
     "rms_norm",
     "rope_write_kv",
     "rotate",
@@ -186,6 +188,14 @@ def tiled_shape(n: int, k: int, size: int) -> tuple[int, int, int, int]:
     return -(-n // TILE), -(-k // TILE) * size, TILE, TILE
 
 
+def packed_bytes(q: QTensor) -> int:
+    """Bytes of a packed weight [N, K], or a stack of such, and its scales: with padding to whole blocks if `tiled`."""
+    if missing() is not None or not is_tiled(q):
+        return q.nbytes
+    *experts, n, k = q.shape
+    return q.nbytes - q.data.nbytes + prod(experts) * prod(tiled_shape(n, k, q.data.itemsize))
+
+
 class PackedNative(PackedWeight):
     """A weight [N, K] as stored or `tiled`, and its scales. few: its struct for up to FEW_TOKENS tokens.
 
@@ -199,10 +209,9 @@ class PackedNative(PackedWeight):
         self.struct = self.few = struct_of(q, self.scale, FEW_TOKENS + 1)
         if q.scheme.exact_few:
             self.few = struct_of(q, self.scale, FEW_TOKENS)
-        self.data, self.held_bytes = q.data, q.nbytes
+        self.data, self.held_bytes = q.data, packed_bytes(q)
         if is_tiled(q):
             self.data = tiled(q.data[:, : self.k])
-            self.held_bytes += self.data.nbytes - q.data.nbytes
             for struct in (self.struct, self.few):
                 struct.weight, struct.tiled = self.data.data_ptr(), 1
         self.address, self.address_of_few = ctypes.addressof(self.struct), ctypes.addressof(self.few)

@@ -18,7 +18,7 @@ from octavo.tools.plan.model_source import find_source
 from octavo.tools.plan.roofline import ASSUMPTIONS
 from octavo.tools.plan.splits import Split, smallest_split, splits
 from octavo.tools.plan.subject import Subject, Variant
-from octavo.tools.plan.variants import CONTEXT_BYTES, RANKS, Plan, Question, VariantPlan, build
+from octavo.tools.plan.variants import CONTEXT_BYTES, EXCHANGE_BYTES, RANKS, Plan, Question, VariantPlan, build
 from octavo.tools.rich_tables import console, gb, table
 
 __all__ = ["add_arguments", "as_json", "make_plan", "run"]
@@ -81,14 +81,14 @@ def make_plan(args: argparse.Namespace, config: EngineConfig, given: Container[s
     )
     on, there = choose(args.accelerator, config.device)
     number = args.num_accelerators or there
-    subject = Subject(source, config, on, CONTEXT_BYTES)
+    subject = Subject(source, config, on, CONTEXT_BYTES, EXCHANGE_BYTES)
     variant = asked_variant(subject, given)
     stages = args.pipeline_parallel_size
     tp = args.tensor_parallel_size or _ranks(subject, variant, max(1, number * args.num_hosts // (stages or args.num_hosts)))
     q = Question(subject, number, tp, args.context, args.requests, 1, args.num_hosts, (args.host_link or HOST_LINK) * 1e9)
     pp = stages or (smallest_split(q, variant, tp) if args.num_hosts > 1 else 1)
     if pp > 1 and getattr(subject.model(1), "has_tower", False):
-        subject = Subject(source, replace(config, language_model_only=True), on, CONTEXT_BYTES)
+        subject = Subject(source, replace(config, language_model_only=True), on, CONTEXT_BYTES, EXCHANGE_BYTES)
     return build(replace(q, subject=subject, pp=pp), variant)
 
 

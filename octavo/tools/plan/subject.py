@@ -80,13 +80,14 @@ class Variant:
 
 
 class Subject:
-    """A model on an accelerator of whose memory a driver's context takes `context` bytes.
+    """A model on an accelerator of whose memory a driver's context takes `context` bytes, and `exchange` what several
+    exchange by.
 
     Raises OctavoError, in the engine's words, for a config.json of which no model can be made.
     """
 
-    def __init__(self, source: Source, config: EngineConfig, on: Accelerator, context: int = 0):
-        self.source, self.config, self.on = source, config, on
+    def __init__(self, source: Source, config: EngineConfig, on: Accelerator, context: int = 0, exchange: int = 0):
+        self.source, self.config, self.on, self.exchange = source, config, on, exchange
         free = on.free if on.is_cpu else on.memory - context
         self.machine = Machine(torch.device("meta"), on.arch, cpu=on.is_cpu, free=free, total=on.memory)
         self._built = cache(self._build)

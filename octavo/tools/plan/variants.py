@@ -15,10 +15,11 @@ from octavo.tools.plan.operands import Walk
 from octavo.tools.plan.roofline import Costs, Deployment, decode_rate, prefill_rate
 from octavo.tools.plan.subject import WHOLE, Stage, Subject, Variant
 
-__all__ = ["CONTEXT_BYTES", "RANKS", "Fit", "Plan", "Question", "Speed", "VariantPlan", "build"]
+__all__ = ["CONTEXT_BYTES", "EXCHANGE_BYTES", "RANKS", "Fit", "Plan", "Question", "Speed", "VariantPlan", "build"]
 
 RANKS = (1, 2, 4, 8)
 CONTEXT_BYTES = GIB // 2  # a driver's context and its libraries on each accelerator; an assumption
+EXCHANGE_BYTES = GIB  # NCCL's buffers and the kernels' own on each of several: two H200s held 1.0 GB more than one does
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ def _fit(q: Question, variant: Variant, tp: int, stage: Stage) -> Fit | None:
     encoder = make_encoder(model, machine)
     images = 0 if encoder is None else encoder.plan(config, length, variant.dtype)
     working += images
-    loaded = replace(machine, free=machine.free - weights - positions)
+    exchange = q.subject.exchange if tp * stage[1] > 1 and not machine.is_cpu else 0
+    loaded = replace(machine, free=machine.free - weights - positions - exchange)
     room, block = max(0, int(cache_room(config, loaded, working))), config.block_size_on(machine.is_cpu)
     tokens = room // (token * block) * block
     try:

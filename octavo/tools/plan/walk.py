@@ -13,6 +13,7 @@ from torch import Tensor
 from octavo.errors import OctavoError
 from octavo.layers.rope import RotaryEmbedding
 from octavo.ops import PackedStack, PackedWeight
+from octavo.ops.cpu.native import packed_bytes
 from octavo.platform import Platform
 from octavo.quant import BF16, QTensor, QuantRules, Scheme
 from octavo.quant.qtensor import Stacker
@@ -112,11 +113,15 @@ class Walker(Loader):
         assert isinstance(packed, Planned)
         whole = sum(n for n, _ in dict(zip(names, shapes, strict=True)).values()), shapes[0][1]
         why, sharing = self._why(full[0], packed.q, is_head, row_lookup), max(shard.copies for shard in shards)
-        self._note(full, whole, packed.q, why, active=0 if row_lookup else self.active, sharing=sharing)
+        active, held = 0 if row_lookup else self.active, self._packed_bytes(packed.q)
+        self._note(full, whole, packed.q, why, active=active, sharing=sharing, held=held)
         return packed
 
     def pack(self, q: QTensor, *, row_lookup: bool = False) -> PackedWeight:
         return Planned(q)
+
+    def _packed_bytes(self, q: QTensor) -> int:
+        return packed_bytes(q) if self.platform.is_cpu else q.nbytes
 
     def with_activations(self, q: QTensor, name: str) -> QTensor:
         try:
@@ -142,22 +147,25 @@ class Walker(Loader):
         is_vector: bool = False,
         active: int = 1,
         sharing: int = 1,
+        held: int | None = None,
     ) -> None:
         dense = "float32" if q.data.dtype is torch.float32 else "bf16"
         form, values, n = q.scheme.name if q.scheme.quantized else dense, prod(q.shape), self.copies
         own = q.shape[0], prod(q.shape[1:])
         padding = (q.data.numel() - values) if q.scheme.dtype is WeightDType.FP8 else 0
         operand = Operand(
-            component_of(names[0]), names, whole, own, q.scheme, form, why, n * (q.nbytes - padding), n * q.nbytes,
-            q.nbytes, n * values, is_vector, n, active, sharing,
+            component_of(names[0]), names, whole, own, q.scheme, form, why, n * (q.nbytes - padding),
+            n * (q.nbytes if held is None else held), q.nbytes, n * values, is_vector, n, active, sharing,
         )  # fmt: skip
         self.operands.append(operand)
 
     def tied(self, module: str) -> PackedWeight:
         table = next(o for o in self.operands if o.component == "embeddings")
         why = "tied: the embedding's matrix"
-        self.operands.append(replace(table, component="lm_head", why=why, stored=0, held=0, values=0, active=1))
-        return Planned(QTensor(torch.empty(table.shape, device="meta"), None, BF16, table.shape))
+        q = QTensor(torch.empty(table.shape, dtype=self.dtype, device="meta"), None, BF16, table.shape)
+        more = self._packed_bytes(q) - q.nbytes  # in the order of the head, in which it is looked up too
+        self.operands.append(replace(table, component="lm_head", why=why, stored=0, held=more, values=0, active=1))
+        return Planned(q)
 
     def stacked(
         self, names: Sequence[str], shapes: Sequence[tuple[int, int]], shards: Sequence[Shard], scheme: Scheme
