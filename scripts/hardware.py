@@ -46,19 +46,25 @@ Printed by `python scripts/hardware.py`. Tests compare the two lower tables with
 DONE = [
     (
         "H200",
-        "throughput of dense models, experts, MLA and sparse attention at six layers, INT4 experts, vision towers; on"
-        " 30 November `ptpc_fp8` and `fp8_block` of 8B and of Qwen3-30B-A3B (A to D), `fp8_w8a16` (8B, B and C), an "
-        "8B whole calibrated, and `scripts/check_gpu.py` (1af5520): all its steps but the two of tests (below); on "
-        "29 November 8B over HTTP by the CUDA image's steps",
-        "30 November 2026",
-        "`octavo bench` ([RESULTS.md](../bench/RESULTS.md))",
+        "all steps of the check of a new GPU: the tests of ops (447 passed; its host's AMX too), of the engine against the "
+        "CPU's model, of weights (49 passed) and of what `octavo plan` says of memory, the demo model, accuracy of each scheme "
+        "and cache, throughput of 8B (A to F) in `ptpc_fp8`, `fp8`, `fp8_block` and BF16",
+        "1 December 2026",
+        "`python scripts/check_gpu.py` at 89084ba",
     ),
     (
-        "H200, its host's AMX",
-        "all tests of ops: kernels against their references, megakernels in all schemes, attention over each cache, products "
-        "on each instruction set: 446 passed, one failed by 3 MiB of 105 (its bound was too narrow beside 28 processes)",
+        "H200",
+        "70B whole, 30 layers of 405B and 8B over HTTP: memory beside the plan, a rank killed; Qwen3-30B-A3B's throughput "
+        "(A to D)",
+        "1 December 2026",
+        "`python -m bench.large_models -tp 1`, `octavo bench throughput` at 89084ba ([RESULTS.md](../bench/RESULTS.md))",
+    ),
+    (
+        "H200",
+        "throughput of MLA and sparse attention at six layers, INT4 experts, vision towers, Qwen3-30B-A3B in `fp8_block`, "
+        "`fp8_w8a16` (8B, B and C), an 8B whole calibrated; on 29 November 8B over HTTP by the CUDA image's steps",
         "30 November 2026",
-        "`pytest tests/ops` at 40a4e63",
+        "`octavo bench` ([RESULTS.md](../bench/RESULTS.md))",
     ),
     (
         "H200",
@@ -67,12 +73,6 @@ DONE = [
         "30 November 2026",
         "`pytest tests/ops/test_exact_few.py tests/engine/test_decode_activations.py`; `tests/ops/test_experts.py` of that"
         " scheme",
-    ),
-    (
-        "H200",
-        "the engine against the CPU's model, reloads, images, loading, what `octavo plan` says of memory (8B): 51 tests passed",
-        "30 November 2026",
-        "`pytest -m gpu tests/engine tests/weights tests/tools` at 40a4e63",
     ),
     (
         "H200",
@@ -132,7 +132,7 @@ DONE = [
     (
         "Xeon with AMX, 2 of its cores",
         "products, experts, attention, recorded steps against their references; 0.6 B and 25 M served",
-        "30 November 2026",
+        "1 December 2026",
         "`pytest tests/ops`, `python -m bench.serving` ([RESULTS.md](../bench/RESULTS.md))",
     ),
     (
