@@ -116,6 +116,7 @@ INLINE void NAME(prepare_pairs)(const LinearJob *job, int64_t panel, int64_t par
     const Format format = FORMATS[job->w->kind];
     float *to = NAME(panel_at)(job, panel, 0);
     const int64_t k = job->w->k, groups = (job->k_padded + GROUP - 1) / GROUP, lanes = least(LANES, job->m - panel * LANES);
+    const int own = job->w->activation == PER_GROUP; /* a scale a group */
     const char *x[LANES];
     float words[LANES][GROUP / 2] __attribute__((aligned(64))), turned[LANES * LANES] __attribute__((aligned(64)));
     float scale[LANES], inverse[LANES];
@@ -128,7 +129,7 @@ INLINE void NAME(prepare_pairs)(const LinearJob *job, int64_t panel, int64_t par
     for (int64_t at = groups * part / job->parts * GROUP; at < least(groups * (part + 1) / job->parts * GROUP, job->k_padded); at += GROUP) {
         const int64_t count = least(GROUP, job->k_padded - at);
         for (int64_t i = 0; job->grouped && i < lanes; i++) {
-            if (quantized) scale[i] = NAME(scale_of)(x[i] + at * size_of(kind), kind, least(GROUP, k - at), format), inverse[i] = 1 / scale[i];
+            if (own) scale[i] = NAME(scale_of)(x[i] + at * size_of(kind), kind, least(GROUP, k - at), format), inverse[i] = 1 / scale[i];
             x_scale_at(job, panel, at)[i] = scale[i];
         }
         for (int64_t i = 0; i < lanes; i++)
