@@ -325,18 +325,16 @@ INLINE void NAME(dot_of_groups)(const LinearJob *job, int64_t from, int64_t to, 
     const Linear *w = job->w;
     const int64_t lines = group_bytes(w) / TILED_STEP, each = TILED_BYTES / size_of(kind);
     const char *at = tiled_at(w, from * GROUP_ROWS, 0);
-    float sums[GROUP_ROWS * VL] __attribute__((aligned(64))), columns[GROUP_ROWS];
+    float sums[GROUP_ROWS * VL] __attribute__((aligned(64))), columns[GROUP_ROWS], by[GROUP_ROWS], totals[GROUP_ROWS];
     for (int64_t group = from; group < to; group++) {
+        const int64_t first = group * GROUP_ROWS;
         memset(sums, 0, sizeof sums);
+        if (grouped) memset(totals, 0, sizeof totals);
         for (int64_t line = 0; line < lines; line++) {
             const uint16_t *x = (const uint16_t *)job->panel + line * each;
-            const float x_scale = grouped ? *x_scale_at(job, 0, line * each) : 1;
-            const float *scale_of = grouped ? w->scale + line * each / GROUP : NULL;
-            float scale = grouped ? NAME(scale_at)(w, group * GROUP_ROWS, line * each) * x_scale : 1;
 #pragma GCC unroll 8
             for (int row = 0; row < GROUP_ROWS; row++, at += TILED_BYTES) {
-                const vf before = NAME(load)(sums + row * VL);
-                vf sum = grouped ? (vf){0} : before;
+                vf sum = grouped && line * each % GROUP == 0 ? (vf){0} : NAME(load)(sums + row * VL);
                 __builtin_prefetch(at + TILE_AHEAD, 0, 2);
                 for (int u = 0; u < each; u += kind == BF16 ? UNIT / 2 : UNIT) {
                     vp v[2], even, odd;
@@ -348,13 +346,22 @@ INLINE void NAME(dot_of_groups)(const LinearJob *job, int64_t from, int64_t to, 
                     memcpy(&odd, x + u + UNIT / 2, sizeof odd);
                     sum = NAME(dot_pairs)(sum, odd, v[1]);
                 }
-                if (grouped && w->scale_rows == 1) scale = scale_of[least(group * GROUP_ROWS + row, w->n - 1) * w->scale_columns] * x_scale;
-                NAME(store)(sums + row * VL, grouped ? before + sum * scale : sum);
+                NAME(store)(sums + row * VL, sum);
+            }
+            const int64_t next = (line + 1) * each;
+            if (!grouped || (next % GROUP && line + 1 < lines)) continue;
+            const float *scale = w->scale + line * each / GROUP, x_scale = *x_scale_at(job, 0, line * each);
+            for (int i = 0; w->scale_rows == 1 && i < GROUP_ROWS; i++) by[i] = scale[least(first + i, w->n - 1) * w->scale_columns];
+            if (w->scale_rows > 1) by[0] = scale[first / w->scale_rows * w->scale_columns];
+            for (int i = 0; i < GROUP_ROWS; i += LANES) NAME(sums)(sums + i * VL, columns + i);
+            for (int i = 0; i < GROUP_ROWS; i += VL) {
+                const vf of_rows = w->scale_rows == 1 ? NAME(load)(by + i) : NAME(splat)(by[0]);
+                NAME(store)(totals + i, NAME(load)(totals + i) + NAME(load)(columns + i) * (of_rows * x_scale));
             }
         }
-        for (int i = 0; i < GROUP_ROWS; i += LANES) NAME(sums)(sums + i * VL, columns + i);
-        const int64_t first = group * GROUP_ROWS;
-        for (int64_t row = first; row < least(first + GROUP_ROWS, w->n); row++) NAME(finish)(job, 0, row, columns[row - first]);
+        for (int i = 0; !grouped && i < GROUP_ROWS; i += LANES) NAME(sums)(sums + i * VL, columns + i);
+        for (int64_t row = first; row < least(first + GROUP_ROWS, w->n); row++)
+            NAME(finish)(job, 0, row, (grouped ? totals : columns)[row - first]);
     }
 }
 
