@@ -239,6 +239,9 @@ INLINE void NAME(dot_of_pairs)(const LinearJob *job, int64_t from, int64_t to, i
 #endif
 
 #include "nibbles.h"
+#if TILES
+#include "nibble_tiles.h"
+#endif
 
 #if DOT
 /* Two panels are read again for each tile of rows and stay in L2 meanwhile, as the rows do for the next panels. */
@@ -345,7 +348,7 @@ static void NAME(multiply)(void *argument, int64_t task) {
         const int64_t from = task % job->row_tasks * job->task_rows, to = least(from + job->task_rows, n), part = task / job->row_tasks;
         const int64_t panels = (job->m + LANES - 1) / LANES, begin = panels * part / job->token_tasks;
         const int64_t end = panels * (part + 1) / job->token_tasks;
-        IF_TILES(NAME(tiles)(job, from, to, begin, end))
+        IF_TILES((job->w->kind == INT4 ? NAME(tiles_INT4) : NAME(tiles))(job, from, to, begin, end))
         IF_PAIRS(NAME(panels_of_pairs)(job, from, to, begin, end))
         NAME(panels)(job, from, to, begin, end);
         return;

@@ -39,8 +39,9 @@ INLINE void NAME(mix_nibbles)(float *x, int pairs) {
     memcpy(x, mixed, sizeof mixed);
 }
 
-/* The same for a panel: LANES positions of k [LANES][LANES], the first of them `at`, to `panel`, which begins at position 0. */
-INLINE void NAME(mix_columns)(const float *columns, int64_t at, int pairs, float *panel) {
+/* The same for a panel: LANES positions of k [LANES][LANES], the first of them `at`, to `panel`, which begins at position 0; for
+   tiles in the order of nibble_tile(). */
+INLINE void NAME(mix_columns)(const float *columns, int64_t at, int pairs, int tiles, float *panel) {
     for (int i = 0; i < LANES; i += 8) {
         const int64_t k = at + i, unit = k / NIBBLES * NIBBLES, lane = k % NIBBLES / 8;
         for (int j = 0; j < 8; j++) {
@@ -48,7 +49,8 @@ INLINE void NAME(mix_columns)(const float *columns, int64_t at, int pairs, float
             if (!pairs) memcpy(panel + (unit + j * VL + lane) * LANES, from, LANES * 4);
             for (int p = 0; pairs && j < 4 && p < LANES; p += VL) {
                 vu low = (vu)NAME(load)(from + p), high = (vu)NAME(load)(from + 4 * LANES + p);
-                NAME(store)(panel + (unit / 2 + j * VL + lane) * LANES + p, (vf)(low >> 16 | (high & 0xFFFF0000)));
+                const int64_t pair = tiles ? k / TILE_VALUES * LANES + j * 4 + k % TILE_VALUES / 8 : unit / 2 + j * VL + lane;
+                NAME(store)(panel + pair * LANES + p, (vf)(low >> 16 | (high & 0xFFFF0000)));
             }
         }
     }
@@ -181,7 +183,7 @@ static void NAME(prepare_panel)(const LinearJob *job, int64_t panel, int64_t par
         for (int64_t i = 0; i < lanes; i++) NAME(quantize_group)(rows[i], job, x[i] + at * size, count, scale[i]);
         for (int64_t j = 0; j < (job->pairs || job->w->kind == INT4 ? least(GROUP, job->k_padded - at) : count); j += LANES) {
             NAME(transpose)(rows[0] + j, GROUP, columns);
-            if (job->w->kind == INT4) NAME(mix_columns)(columns, j, job->pairs, dst);
+            if (job->w->kind == INT4) NAME(mix_columns)(columns, j, job->pairs, job->tiles, dst);
             else memcpy(dst + j * LANES, columns, (size_t)least(LANES, count - j) * LANES * 4);
         }
     }

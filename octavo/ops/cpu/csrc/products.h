@@ -6,7 +6,7 @@ static const int64_t MEASURED[] = {1, 2, 3, 4, 8, 16, 32, 64}; /* tokens for whi
 #define SIZES ((int)(sizeof MEASURED / sizeof *MEASURED))
 static int ways[2][SIZES]; /* by whether the weight is FP8, and up to so many tokens; with matrix tiles alone */
 
-/* The way for a weight of `kind` and m tokens whose values are exact in BF16. */
+/* The way for a weight of `kind` and m tokens whose values are exact in BF16; for INT4 the way without tiles. */
 static int way_of(int kind, int64_t m) {
     if (!uses_tiles || kind == INT4) return (m > ROWS_MODE ? panels_of_pairs : chosen->pairs_pay != NULL) ? IN_PAIRS : IN_FP32;
     int size = 0;
@@ -41,7 +41,8 @@ static LinearJob job_of(const Linear *w, const void *x, int64_t m, int64_t x_str
                         int64_t threads) {
     const int exact = w->activation != NOT_QUANTIZED || kind == BF16; /* x, or its codes, are exact in BF16 */
     const int by_kind = exact && w->kind != F32 ? way_of(w->kind, m) : IN_FP32;
-    const int of_rows = by_kind == IN_TILES && w->scale_columns ? IN_PAIRS : by_kind; /* such weights are tiled otherwise */
+    int of_rows = by_kind == IN_TILES && w->scale_columns ? IN_PAIRS : by_kind; /* such weights are tiled otherwise */
+    if (exact && w->kind == INT4 && uses_tiles && m > ROWS_MODE && w->group % TILE_VALUES == 0) of_rows = IN_TILES;
     const int way = !w->tiled ? of_rows : !exact ? IN_FP32 : m > 1 ? IN_TILES : IN_PAIRS;
     return job_in(way, w, x, m, x_stride, y, kind, y_kind, threads);
 }
