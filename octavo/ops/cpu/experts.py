@@ -12,10 +12,20 @@ from torch import Tensor, get_num_threads
 from octavo.batch import ForwardBatch
 from octavo.ops import reference
 from octavo.ops.contract import FEW_TOKENS, Dispatch, Operand, PackedStack, Routed, Router, values_of
-from octavo.ops.cpu import native
 from octavo.ops.cpu.library import KINDS, kernels
 from octavo.ops.cpu.linear import Widened, exact_scale, rounded, widened
-from octavo.ops.cpu.native import TILE, Native, held_scale, is_readable, is_tiled, struct_of, tiled, tiled_shape, unsupported
+from octavo.ops.cpu.native import (
+    TILE,
+    Native,
+    held_scale,
+    is_readable,
+    is_tiled,
+    packed_bytes,
+    struct_of,
+    tiled,
+    tiled_shape,
+    unsupported,
+)
 from octavo.ops.cpu.op_recorder import launch
 from octavo.platform import Platform
 from octavo.quant.qtensor import QTensor
@@ -62,7 +72,7 @@ class PackedNativeStack(PackedStack):
     def __init__(self, q: QTensor, owned: bool = False):
         self.experts, self.n, self.k = q.shape
         self.dtype, self.activation = q.data.dtype, q.scheme.activation
-        self.data, self.held_bytes = q.data, native.packed_bytes(q)
+        self.data, self.held_bytes = q.data, packed_bytes(q)
         self.scale = held_scale(q)
         first, of_first = q.expert(0), None if self.scale is None else self.scale[0]
         self.struct = self.few = struct_of(first, of_first, FEW_TOKENS + 1)

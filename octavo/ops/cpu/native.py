@@ -151,10 +151,7 @@ def struct_of(q: QTensor, scale: Tensor | None, tokens: int) -> Linear:
 
 
 def is_tiled(q: QTensor) -> bool:
-    """Whether the kernels hold a weight, or each of a stack, in the order in which matrix tiles read it.
-
-    FP8 codes and BF16 values are.
-    """
+    """Whether the kernels hold a weight, or each of a stack, in the order in which matrix tiles read it: FP8 and BF16 are."""
     return used() == "amx" and (q.data.dtype is torch.bfloat16 or q.data.dtype in FP8_MAX)
 
 

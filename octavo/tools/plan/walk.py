@@ -36,10 +36,10 @@ LEFT_OUT = "left out by --quantization-ignore"
 
 
 class Planned(PackedWeight):
-    """A weight that was only noted: padded, and on the meta device."""
+    """A weight that was only noted: padded, and on the meta device. held_bytes: of it as `platform` packs it."""
 
-    def __init__(self, q: QTensor):
-        self.q, self.held_bytes = q, q.nbytes
+    def __init__(self, q: QTensor, platform: Platform):
+        self.q, self.held_bytes = q, packed_bytes(q) if platform.is_cpu else q.nbytes
 
 
 Known = dict[Any, Any]
@@ -113,15 +113,12 @@ class Walker(Loader):
         assert isinstance(packed, Planned)
         whole = sum(n for n, _ in dict(zip(names, shapes, strict=True)).values()), shapes[0][1]
         why, sharing = self._why(full[0], packed.q, is_head, row_lookup), max(shard.copies for shard in shards)
-        active, held = 0 if row_lookup else self.active, self._packed_bytes(packed.q)
-        self._note(full, whole, packed.q, why, active=active, sharing=sharing, held=held)
+        active = 0 if row_lookup else self.active
+        self._note(full, whole, packed.q, why, active=active, sharing=sharing, held=packed.held_bytes)
         return packed
 
     def pack(self, q: QTensor, *, row_lookup: bool = False) -> PackedWeight:
-        return Planned(q)
-
-    def _packed_bytes(self, q: QTensor) -> int:
-        return packed_bytes(q) if self.platform.is_cpu else q.nbytes
+        return Planned(q, self.platform)
 
     def with_activations(self, q: QTensor, name: str) -> QTensor:
         try:
@@ -163,9 +160,10 @@ class Walker(Loader):
         table = next(o for o in self.operands if o.component == "embeddings")
         why = "tied: the embedding's matrix"
         q = QTensor(torch.empty(table.shape, dtype=self.dtype, device="meta"), None, BF16, table.shape)
-        more = self._packed_bytes(q) - q.nbytes  # in the order of the head, in which it is looked up too
+        packed = Planned(q, self.platform)
+        more = packed.held_bytes - q.nbytes  # in the order of the head, in which it is looked up too
         self.operands.append(replace(table, component="lm_head", why=why, stored=0, held=more, values=0, active=1))
-        return Planned(q)
+        return packed
 
     def stacked(
         self, names: Sequence[str], shapes: Sequence[tuple[int, int]], shards: Sequence[Shard], scheme: Scheme

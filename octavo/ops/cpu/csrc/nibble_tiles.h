@@ -70,26 +70,13 @@ static __attribute__((noinline)) void NAME(tiles_INT4)(const LinearJob *job, int
                 const char *x = (const char *)NAME(panel_at)(job, p, k);
                 const uint16_t *a = wide + i * 2 * DEPTH, *end = a + 2 * TILED_ROWS * DEPTH;
                 float *sum = sums + ((p - first_panel) * BLOCK_ROWS + i) * LANES, *more = sum + BLOCK_ROWS * LANES;
-                if (k) {
-                    TILE_LOAD(0, sum, 64);
-                    TILE_LOAD(1, sum + LANES * LANES, 64);
-                    if (panels == 2) {
-                        TILE_LOAD(2, more, 64);
-                        TILE_LOAD(3, more + LANES * LANES, 64);
-                    }
-                } else {
-                    NAME(zero_sums)();
-                }
+                if (k) NAME(load_sums)(sum, more, panels == 2);
+                else NAME(zero_sums)();
                 for (; a < end; a += 4 * TILE, x += TILE_BYTES) {
                     TILE_STEP(a, a + TILE, x, x + apart, panels);
                     TILE_STEP(a + 2 * TILE, a + 3 * TILE, x, x + apart, panels);
                 }
-                TILE_STORE(0, sum, 64);
-                TILE_STORE(1, sum + LANES * LANES, 64);
-                if (panels == 2) {
-                    TILE_STORE(2, more, 64);
-                    TILE_STORE(3, more + LANES * LANES, 64);
-                }
+                NAME(store_sums)(sum, more, panels == 2);
             }
         }
         TILE_FENCE();

@@ -162,14 +162,14 @@ INLINE void NAME(tile_of_pairs)(const LinearJob *job, int64_t from, int64_t pane
                 }
             }
         }
-        if (grouped && (c % 2 == 0 && c + 1 < chunks)) continue; /* within a group */
-        if (!grouped && c + 1 < chunks) continue;
+        if (c + 1 < chunks && !(grouped && c % 2)) continue; /* neither the end of a group nor of k */
 #pragma GCC unroll 128
         for (int i = 0; i < rows * panels * PARTS; i++) {
             const int p = i / PARTS % panels, row = i / PARTS / panels;
             float *to = sums + (p * LANES + row) * LANES + i % PARTS * VL;
-            const vf by = grouped ? NAME(load)(x_scale_at(job, panel + p, c * CHUNK) + i % PARTS * VL) * scale[row][c / 2] : sum[i];
-            NAME(store)(to, grouped ? NAME(load)(to) + sum[i] * by : sum[i]); /* in one expression, so that all forms contract it */
+            const float *x_scale = x_scale_at(job, panel + p, c * CHUNK) + i % PARTS * VL;
+            /* In one expression, so that all forms contract it. */
+            NAME(store)(to, grouped ? NAME(load)(to) + sum[i] * (NAME(load)(x_scale) * scale[row][c / 2]) : sum[i]);
             sum[i] = (vf){0};
         }
     }

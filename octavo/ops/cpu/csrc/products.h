@@ -6,12 +6,14 @@ static const int64_t MEASURED[] = {1, 2, 3, 4, 8, 16, 32, 64}; /* tokens for whi
 #define SIZES ((int)(sizeof MEASURED / sizeof *MEASURED))
 static int ways[2][SIZES]; /* by whether the weight is FP8, and up to so many tokens; with matrix tiles alone */
 
-/* The way for a weight of `kind` and m tokens whose values are exact in BF16; for INT4 the way without tiles. */
-static int way_of(int kind, int64_t m) {
-    if (!uses_tiles || kind == INT4) return (m > ROWS_MODE ? panels_of_pairs : chosen->pairs_pay != NULL) ? IN_PAIRS : IN_FP32;
+/* The way for rows of a weight and m tokens whose values are exact in BF16. */
+static int way_of(const Linear *w, int64_t m) {
+    const int takes_tiles = w->kind == INT4 ? m > ROWS_MODE && w->group % TILE_VALUES == 0 : !w->scale_columns;
+    if (!uses_tiles || !takes_tiles) return (m > ROWS_MODE ? panels_of_pairs : chosen->pairs_pay != NULL) ? IN_PAIRS : IN_FP32;
+    if (w->kind == INT4) return IN_TILES;
     int size = 0;
     while (size < SIZES - 1 && MEASURED[size] < m) size++;
-    return ways[kind >= E4M3][size];
+    return ways[w->kind >= E4M3][size];
 }
 
 /* The plan of a product y [m, n] = x [m, k] W^T computed in `way`, without memory; x has type `kind`, y has y_kind, and
@@ -40,10 +42,7 @@ static LinearJob job_in(int way, const Linear *w, const void *x, int64_t m, int6
 static LinearJob job_of(const Linear *w, const void *x, int64_t m, int64_t x_stride, void *y, int32_t kind, int32_t y_kind,
                         int64_t threads) {
     const int exact = w->activation != NOT_QUANTIZED || kind == BF16; /* x, or its codes, are exact in BF16 */
-    const int by_kind = exact && w->kind != F32 ? way_of(w->kind, m) : IN_FP32;
-    int of_rows = by_kind == IN_TILES && w->scale_columns ? IN_PAIRS : by_kind; /* such weights are tiled otherwise */
-    if (exact && w->kind == INT4 && uses_tiles && m > ROWS_MODE && w->group % TILE_VALUES == 0) of_rows = IN_TILES;
-    const int way = !w->tiled ? of_rows : !exact ? IN_FP32 : m > 1 ? IN_TILES : IN_PAIRS;
+    const int way = !exact || w->kind == F32 ? IN_FP32 : !w->tiled ? way_of(w, m) : m > 1 ? IN_TILES : IN_PAIRS;
     return job_in(way, w, x, m, x_stride, y, kind, y_kind, threads);
 }
 
@@ -91,8 +90,11 @@ void octavo_look_up(const Linear *w, const int64_t *ids, void *y, int64_t m, int
     each_of(chosen->look_up, &job, m, threads);
 }
 
-/* The way in which a weight of `kind` is multiplied by m tokens that are exact in BF16. */
-int32_t octavo_way(int32_t kind, int64_t m) { return way_of(kind, m); }
+/* The way in which a weight of `kind`, BF16 or FP8 with a scale a row, is multiplied by m tokens that are exact in BF16. */
+int32_t octavo_way(int32_t kind, int64_t m) {
+    const Linear w = {.kind = kind};
+    return way_of(&w, m);
+}
 
 #define TRIED_N 128
 #define TRIED_K 1024

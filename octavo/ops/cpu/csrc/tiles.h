@@ -111,18 +111,30 @@ INLINE void NAME(zero_sums)(void) {
     TILE_ZERO(3);
 }
 
-/* Those by one panel. */
-INLINE void NAME(store_sums)(float *sums) {
-    TILE_STORE(0, sums, 64);
-    TILE_STORE(1, sums + LANES * LANES, 64);
-    TILE_STORE(2, sums + 2 * LANES * LANES, 64);
-    TILE_STORE(3, sums + 3 * LANES * LANES, 64);
-    TILE_FENCE();
+/* Those in tiles 0 and 1 from and to `sum`, those in 2 and 3 `more`, which are a second panel's or FEW_TILED rows' second half. */
+INLINE void NAME(load_sums)(const float *sum, const float *more, int both) {
+    TILE_LOAD(0, sum, 64);
+    TILE_LOAD(1, sum + LANES * LANES, 64);
+    if (both) {
+        TILE_LOAD(2, more, 64);
+        TILE_LOAD(3, more + LANES * LANES, 64);
+    }
 }
 
+INLINE void NAME(store_sums)(float *sum, float *more, int both) {
+    TILE_STORE(0, sum, 64);
+    TILE_STORE(1, sum + LANES * LANES, 64);
+    if (both) {
+        TILE_STORE(2, more, 64);
+        TILE_STORE(3, more + LANES * LANES, 64);
+    }
+}
+
+/* Those by one panel. */
 INLINE void NAME(finish_sums)(const LinearJob *job, int64_t panel, int64_t from, int64_t to) {
     float sums[FEW_TILED * LANES] __attribute__((aligned(64)));
-    NAME(store_sums)(sums);
+    NAME(store_sums)(sums, sums + TILED_ROWS * LANES, 1);
+    TILE_FENCE();
     NAME(finish_panel)(job, panel, from, to, sums);
 }
 
@@ -209,16 +221,8 @@ INLINE void NAME(panels_of_tiles)(const LinearJob *job, int64_t from, int64_t to
                 const char *x = panel;
                 const uint16_t *a = wide + i * BLOCK_DEPTH, *end = a + depth * TILED_ROWS;
                 float *sum = sums + ((p - first_panel) * BLOCK_ROWS + i) * LANES, *more = sum + BLOCK_ROWS * LANES;
-                if (k && !grouped) {
-                    TILE_LOAD(0, sum, 64);
-                    TILE_LOAD(1, sum + LANES * LANES, 64);
-                    if (panels == 2) {
-                        TILE_LOAD(2, more, 64);
-                        TILE_LOAD(3, more + LANES * LANES, 64);
-                    }
-                } else {
-                    NAME(zero_sums)();
-                }
+                if (k && !grouped) NAME(load_sums)(sum, more, panels == 2);
+                else NAME(zero_sums)();
 #define CHUNK_OF_STEPS(panels)                                                                                              \
     for (; a < end; a += CHUNK * TILED_ROWS, x += 2 * TILE_BYTES) {                                                         \
         TILE_STEP(a, a + LANES * CHUNK, x, x + apart, panels);                                                              \
@@ -228,12 +232,7 @@ INLINE void NAME(panels_of_tiles)(const LinearJob *job, int64_t from, int64_t to
                 else CHUNK_OF_STEPS(1)
 #undef CHUNK_OF_STEPS
                 float *to_sum = grouped ? group_sums : sum, *to_more = grouped ? group_sums + TILED_ROWS * LANES : more;
-                TILE_STORE(0, to_sum, 64);
-                TILE_STORE(1, to_sum + LANES * LANES, 64);
-                if (panels == 2) {
-                    TILE_STORE(2, to_more, 64);
-                    TILE_STORE(3, to_more + LANES * LANES, 64);
-                }
+                NAME(store_sums)(to_sum, to_more, panels == 2);
                 if (!grouped) continue;
                 TILE_FENCE();
                 NAME(add_group)(job, p, from + i, TILED_ROWS, k, to_sum, sum);
@@ -289,7 +288,8 @@ INLINE void NAME(one_panel_of_groups)(const LinearJob *job, int64_t from, int64_
         NEXT_TILE(3)
 #undef NEXT_TILE
         if (!grouped || (c % 2 == 0 && c + 1 < chunks)) continue;
-        NAME(store_sums)(group_sums);
+        NAME(store_sums)(group_sums, group_sums + TILED_ROWS * LANES, 1);
+        TILE_FENCE();
         NAME(add_group)(job, panel, from, FEW_TILED, c / 2 * GROUP, group_sums, sums);
         NAME(zero_sums)();
     }
@@ -350,14 +350,12 @@ INLINE void NAME(dot_of_groups)(const LinearJob *job, int64_t from, int64_t to, 
             }
             const int64_t next = (line + 1) * each;
             if (!grouped || (next % GROUP && line + 1 < lines)) continue;
-            const float *scale = w->scale + line * each / GROUP, x_scale = *x_scale_at(job, 0, line * each);
-            for (int i = 0; w->scale_rows == 1 && i < GROUP_ROWS; i++) by[i] = scale[least(first + i, w->n - 1) * w->scale_columns];
-            if (w->scale_rows > 1) by[0] = scale[first / w->scale_rows * w->scale_columns];
+            const int by_row = w->scale_rows == 1; /* else all rows are in one block */
+            for (int i = 0; i < (by_row ? GROUP_ROWS : 1); i++)
+                by[i] = NAME(scale_at)(w, least(first + i, w->n - 1), line * each) * *x_scale_at(job, 0, line * each);
             for (int i = 0; i < GROUP_ROWS; i += LANES) NAME(sums)(sums + i * VL, columns + i);
-            for (int i = 0; i < GROUP_ROWS; i += VL) {
-                const vf of_rows = w->scale_rows == 1 ? NAME(load)(by + i) : NAME(splat)(by[0]);
-                NAME(store)(totals + i, NAME(load)(totals + i) + NAME(load)(columns + i) * (of_rows * x_scale));
-            }
+            for (int i = 0; i < GROUP_ROWS; i += VL)
+                NAME(store)(totals + i, NAME(load)(totals + i) + NAME(load)(columns + i) * (by_row ? NAME(load)(by + i) : NAME(splat)(by[0])));
         }
         for (int i = 0; !grouped && i < GROUP_ROWS; i += LANES) NAME(sums)(sums + i * VL, columns + i);
         for (int64_t row = first; row < least(first + GROUP_ROWS, w->n); row++)
